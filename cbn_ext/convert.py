@@ -1,0 +1,75 @@
+"""From nn.BatchNorm to compound batch normalization, in a whole network."""
+
+import torch
+from torch import nn
+
+from .modules import CompoundBatchNorm1d, CompoundBatchNorm2d, CompoundBatchNorm3d
+
+_LAYERS = {
+    nn.BatchNorm1d: CompoundBatchNorm1d,
+    nn.BatchNorm2d: CompoundBatchNorm2d,
+    nn.BatchNorm3d: CompoundBatchNorm3d,
+}
+
+
+def convert_compound_batchnorm(module: nn.Module, num_components: int = 4, **options) -> nn.Module:
+    """Replace every nn.BatchNorm1d, 2d and 3d in `module` by the compound layer.
+
+    The layers take over eps, momentum, running statistics and affine parameters: with the preserving start, which is
+    the default here in either mode, the network gives the outputs in evaluation that it gave before.
+
+    Args:
+        module: changed in place, unless it is itself a batch normalization.
+        num_components: M, 1 to 16.
+        options: `responsibility`, `detach_responsibility` and `affine_init` of `CompoundBatchNorm2d`. For training with
+            the split path choose `affine_init="unit"`: every component then starts with the given affine pair as it is.
+
+    Returns:
+        The module, or the layer that replaces it.
+
+    Raises:
+        TypeError: an option the layers do not have, or one that is taken from the layer replaced.
+    """
+    allowed = {"responsibility", "detach_responsibility", "affine_init"}
+    if unknown := options.keys() - allowed:
+        raise TypeError(f"expected options among {sorted(allowed)}, got {sorted(unknown)}")
+    options = {"affine_init": "preserve", **options}
+    replaced: dict[nn.Module, nn.Module] = {}
+
+    def convert(layer: nn.Module) -> nn.Module:
+        if layer not in replaced:
+            replaced[layer] = _compound(layer, num_components, options) if type(layer) in _LAYERS else layer
+            for name, child in layer.named_children():
+                layer._modules[name] = convert(child)
+        return replaced[layer]
+
+    return convert(module)
+
+
+def _compound(norm: nn.modules.batchnorm._BatchNorm, num_components: int, options: dict) -> nn.Module:
+    like = norm.weight if norm.affine else norm.running_mean
+    factory = {} if like is None else {"device": like.device, "dtype": like.dtype}
+    layer = _LAYERS[type(norm)](
+        norm.num_features,
+        num_components,
+        norm.eps,
+        norm.momentum,
+        norm.affine,
+        norm.track_running_stats,
+        **options,
+        **factory,
+    )
+    ones = torch.ones(norm.num_features, **factory)
+    zeros = torch.zeros(norm.num_features, **factory)
+    layer.load_batchnorm(
+        zeros if norm.running_mean is None else norm.running_mean,
+        ones if norm.running_var is None else norm.running_var,
+        norm.weight if norm.affine else ones,
+        norm.bias if norm.affine else zeros,
+    )
+    if norm.affine:
+        layer.weight.requires_grad_(norm.weight.requires_grad)
+        layer.bias.requires_grad_(norm.bias.requires_grad)
+    if norm.num_batches_tracked is not None:
+        layer.num_batches_tracked.copy_(norm.num_batches_tracked)
+    return layer.train(norm.training)

@@ -1,0 +1,230 @@
+"""Compound batch normalization layers: drop-in for nn.BatchNorm1d, 2d and 3d, with M Gaussians in place of one."""
+
+import torch
+from torch import Tensor, nn
+
+from .functional import compound_batch_norm, split_batch_norm, start_mixture
+from .split import current_groups
+
+_AFFINE_STARTS = ("preserve", "unit")
+
+
+class _CompoundBatchNorm(nn.Module):
+    """Parameters, running state and its (de)serialisation; the subclasses say which inputs they take.
+
+    Not a subclass of nn.BatchNorm: tools that look for one, such as `convert_sync_batchnorm`, would replace the layer.
+    """
+
+    _version = 1
+    _input_dims: tuple[int, ...]
+
+    def __init__(
+        self,
+        num_features: int,
+        num_components: int = 4,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        responsibility: str = "channel",
+        detach_responsibility: bool = False,
+        affine_init: str | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= num_components <= 16:
+            raise ValueError(f"expected 1 <= num_components <= 16, got {num_components}")
+        if responsibility not in ("channel", "joint"):
+            raise ValueError(f'expected responsibility "channel" or "joint", got {responsibility!r}')
+        if affine_init is None:
+            affine_init = "preserve" if responsibility == "channel" else "unit"
+        if affine_init not in _AFFINE_STARTS:
+            raise ValueError(f"expected affine_init None or one of {_AFFINE_STARTS}, got {affine_init!r}")
+        self.num_features = num_features
+        self.num_components = num_components
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.responsibility = responsibility
+        self.detach_responsibility = detach_responsibility
+        self.affine_init = affine_init
+
+        shape = (num_components, num_features)
+        prior_shape = shape if responsibility == "channel" else (num_components,)
+        factory = {"device": device, "dtype": dtype}
+        for name in ("weight", "bias"):
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, **factory)) if affine else None)
+        state = {"running_prior": prior_shape, "running_mean": shape, "running_var": shape}
+        for name, size in state.items():
+            self.register_buffer(name, torch.empty(size, **factory) if track_running_stats else None)
+        count = torch.tensor(0, dtype=torch.long, device=device) if track_running_stats else None
+        self.register_buffer("num_batches_tracked", count)
+        self.reset_parameters()
+
+    def _start_mixture(self, like: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        prior, mean, var = start_mixture(
+            self.num_components, self.num_features, order, device=like.device, dtype=like.dtype
+        )
+        return prior if self.responsibility == "channel" else prior[:, 0], mean, var
+
+    def reset_running_stats(self) -> None:
+        """Start values: equal priors, equal variances, means spread in a random order of its own in each channel."""
+        if self.track_running_stats:
+            order = torch.rand(self.num_components, self.num_features, device=self.running_mean.device).argsort(0)
+            start = self._start_mixture(self.running_mean, order)
+            for running, value in zip((self.running_prior, self.running_mean, self.running_var), start, strict=True):
+                running.copy_(value)
+            self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        """Reset the running statistics and start the affine parameters from them as `affine_init` says."""
+        self.reset_running_stats()
+        if not self.affine:
+            return
+        with torch.no_grad():
+            if self.affine_init == "unit":
+                self.weight.fill_(1)
+                self.bias.zero_()
+            else:
+                _, mean, var = self._running() if self.track_running_stats else self._start_mixture(self.weight)
+                self.weight.copy_(var.sqrt())
+                self.bias.copy_(mean)
+
+    def _running(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.running_prior, self.running_mean, self.running_var
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise `input` (N, C, ...); in training mode inside `split_path`, by the images' groups.
+
+        Raises:
+            ValueError: a wrong number of dimensions, or one value per channel in training.
+            RuntimeError: a wrong number of channels, or dtypes or devices that do not fit.
+        """
+        if input.dim() not in self._input_dims:
+            expected = " or ".join(f"{d}D" for d in self._input_dims)
+            raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
+        if input.shape[1] != self.num_features:
+            raise RuntimeError(f"expected an input of {self.num_features} channels, got {input.shape[1]}")
+
+        momentum = self.momentum
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:
+                # Cumulative average; a tensor, because reading the count would wait for the device.
+                momentum = 1.0 / self.num_batches_tracked
+        if self.track_running_stats:
+            running = self._running()
+        else:
+            # The E-step needs a mixture: the start one, made anew so that what it is moved to is forgotten.
+            like = self.weight if self.affine else input
+            running, momentum = self._start_mixture(like), 0.0
+
+        groups = current_groups()
+        if self.training and groups is not None:
+            return split_batch_norm(input, groups, *running[1:], self.weight, self.bias, momentum, self.eps)
+        return compound_batch_norm(
+            input,
+            *running,
+            self.weight,
+            self.bias,
+            self.training or not self.track_running_stats,
+            momentum if momentum is not None else 0.0,
+            self.eps,
+            self.responsibility,
+            self.detach_responsibility,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments the layer was made with."""
+        return (
+            f"{self.num_features}, num_components={self.num_components}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, track_running_stats={self.track_running_stats}, "
+            f"responsibility={self.responsibility!r}, detach_responsibility={self.detach_responsibility}, "
+            f"affine_init={self.affine_init!r}"
+        )
+
+    @torch.no_grad()
+    def load_batchnorm(self, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> None:
+        """Become the batch normalization with these (C,) tensors: same output in evaluation, M components.
+
+        The start mixture is laid over the running statistics. Every component's affine pair is the given one seen from
+        the component ("preserve"), so that all branches agree, or the given one as it is ("unit").
+        """
+        std = var.sqrt()
+        if self.track_running_stats:
+            self.reset_running_stats()
+            self.running_mean.copy_(mean + std * self.running_mean)
+            self.running_var.copy_(var * self.running_var)
+        if self.affine and self.affine_init == "unit":
+            self.weight.copy_(weight.expand_as(self.weight))
+            self.bias.copy_(bias.expand_as(self.bias))
+        elif self.affine:
+            _, start_mean, start_var = self._running() if self.track_running_stats else self._start_mixture(self.weight)
+            scale = weight * torch.rsqrt(var + self.eps)
+            self.weight.copy_(scale * torch.sqrt(start_var + self.eps))
+            self.bias.copy_(bias + scale * (start_mean - mean))
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        """Load, also from the checkpoint of an nn.BatchNorm, whose tensors are (C,) and which knows no prior."""
+        names = ("running_mean", "running_var", "weight", "bias")
+        found = {name: state_dict.get(prefix + name) for name in names}
+        expected = [getattr(self, name) is not None for name in names]
+        from_batchnorm = all(
+            (t is not None and t.shape == (self.num_features,)) == e for t, e in zip(found.values(), expected, strict=True)
+        )
+        if from_batchnorm and self.track_running_stats and prefix + "running_prior" not in state_dict:
+            ones = torch.ones_like(found["running_var"])
+            weight = ones if found["weight"] is None else found["weight"]
+            bias = torch.zeros_like(ones) if found["bias"] is None else found["bias"]
+            self.load_batchnorm(found["running_mean"], found["running_var"], weight, bias)
+            state_dict = {**state_dict}
+            for name, tensor in [(n, getattr(self, n)) for n in (*names, "running_prior")]:
+                if tensor is not None:
+                    state_dict[prefix + name] = tensor.detach()
+            state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(0))
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+
+_ARGUMENTS = """
+
+    The batch's points update a mixture of M Gaussians by one step of running EM; a point is normalised by every
+    component and the results are combined by its responsibilities ("Compound Batch Normalization for Long-tailed
+    Image Classification", section 3.2). With one component this is batch normalization.
+
+    Args:
+        num_features: channels C.
+        num_components: Gaussians M, 1 to 16.
+        eps: ε, added to every variance.
+        momentum: λ, the weight of the batch in the running statistics; None for a cumulative average.
+        affine: learn `weight` and `bias` (M, C).
+        track_running_stats: keep `running_prior` (M, C), or (M,) in joint mode, and `running_mean`, `running_var`
+            (M, C). Without, these are None, batch statistics serve in evaluation too, and the responsibilities come
+            from the start mixture.
+        responsibility: "channel", a one-dimensional mixture for each channel, or "joint", one mixture over the
+            C-dimensional features of a point.
+        detach_responsibility: treat the responsibilities as constants in the gradient (classical EM; cheaper).
+        affine_init: "preserve" makes the components agree at the start, the layer then is batch normalization;
+            "unit" starts with weight 1 and bias 0, which the split path needs. None: "preserve" in channel mode, "unit"
+            in joint mode.
+        device, dtype: of parameters and buffers.
+
+    Raises:
+        ValueError: an argument outside of what is named here.
+    """
+
+
+class CompoundBatchNorm1d(_CompoundBatchNorm):
+    __doc__ = "Compound batch normalization of (N, C) or (N, C, L) inputs." + _ARGUMENTS
+    _input_dims = (2, 3)
+
+
+class CompoundBatchNorm2d(_CompoundBatchNorm):
+    __doc__ = "Compound batch normalization of (N, C, H, W) inputs." + _ARGUMENTS
+    _input_dims = (4,)
+
+
+class CompoundBatchNorm3d(_CompoundBatchNorm):
+    __doc__ = "Compound batch normalization of (N, C, D, H, W) inputs." + _ARGUMENTS
+    _input_dims = (5,)

@@ -1,0 +1,209 @@
+"""Compound batch normalization in plain PyTorch: the fallback where no native operator serves, and an oracle for those.
+
+Written from the formulas, one component dimension in front: statistics are (M, C), broadcast against the input as
+(M, 1, C, 1, ...); a responsibility p is (M, N, C, ...) in channel mode, (M, N, 1, ...) in joint mode and
+(M, N, 1, 1, ...), zero or one, in split mode. Equations are those of the paper "Compound Batch Normalization for
+Long-tailed Image Classification" (2022).
+"""
+
+import torch
+from torch import Tensor
+
+#: Floor of the prior inside the logarithm: a component that lost its mass can come back.
+PRIOR_FLOOR = 1e-6
+#: A component whose mass in the batch is below this has no batch statistics.
+MASS_FLOOR = 1e-30
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and arithmetic for inputs of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _along_channels(statistic: Tensor, x: Tensor) -> Tensor:
+    """(M, C), or (M,) in joint mode, to (M, 1, C or 1, 1, ...), broadcastable against x (N, C, ...)."""
+    channels = statistic.shape[1] if statistic.dim() == 2 else 1
+    return statistic.reshape(statistic.shape[0], 1, channels, *[1] * (x.dim() - 2))
+
+
+def _reduced_dims(x: Tensor) -> list[int]:
+    """The dimensions of a (M, N, C, ...) tensor that statistics sum over: images and space."""
+    return [1, *range(3, x.dim() + 1)]
+
+
+def responsibilities(
+    x: Tensor,
+    groups: Tensor | None,
+    prior: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    responsibility: str,
+) -> Tensor:
+    """E-step (eqs 8-9) with the running statistics; with `groups` (N,), the indicator of each image's group (eq 17)."""
+    if groups is not None:
+        components = torch.arange(mean.shape[0], device=x.device)
+        indicator = groups == components[:, None]
+        return indicator.to(x.dtype).reshape(*indicator.shape, *[1] * (x.dim() - 1))
+    mean, var = _along_channels(mean, x), _along_channels(var, x) + eps
+    log_density = -0.5 * torch.log(var) - (x - mean).square() / (2 * var)
+    if responsibility == "joint":
+        log_density = log_density.sum(2, keepdim=True)
+    log_prior = _along_channels(prior.clamp_min(PRIOR_FLOOR).log(), x)
+    return torch.softmax(log_prior + log_density, dim=0)
+
+
+def batch_statistics(x: Tensor, p: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """M-step (eqs 10-12): mass, mean and biased variance, each (M, C); without mass, the given `mean` and `var`."""
+    dims = _reduced_dims(x)
+    # Deviations from the channel's mean keep their digits where the mean is large against the deviation.
+    shift = x.detach().mean([d for d in range(x.dim()) if d != 1], keepdim=True)
+    shift = shift + (x.detach() - shift).mean([d for d in range(x.dim()) if d != 1], keepdim=True)
+    deviation = x - shift
+    points = x.numel() // x.shape[1]
+    # In joint and split mode p does not vary over all of (N, C, ...): its sum is scaled to the points it stands for.
+    mass = p.sum(dims) * (points / (p.numel() // (p.shape[0] * p.shape[2])))
+    mass = mass.expand(mean.shape)
+    # NaN mass (NaN input) must not look absent: the statistics then are NaN, as batch normalization's.
+    absent = mass < MASS_FLOOR
+    inverse_mass = torch.where(absent, 1.0, mass).reciprocal()
+    batch_mean = (p * deviation).sum(dims) * inverse_mass
+    centered = deviation - _along_channels(batch_mean, x)
+    batch_var = (p * centered.square()).sum(dims) * inverse_mass
+    return mass, torch.where(absent, mean, batch_mean + shift.flatten()), torch.where(absent, var, batch_var)
+
+
+def forward(
+    x: Tensor,
+    groups: Tensor | None,
+    prior: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    training: bool,
+    eps: float,
+    responsibility: str = "channel",
+    detach_responsibility: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Normalise by every component and combine (eqs 7, 16), differentiable by autograd.
+
+    Args:
+        x: input (N, C, ...).
+        groups: component of each image (N,) for split normalization, or None.
+        prior, mean, var: running statistics, (M, C); the prior (M,) in joint mode, unused with `groups`.
+        weight, bias: one affine pair per component (M, C), or None for 1 and 0.
+        training: normalise with the batch's statistics rather than the running ones.
+
+    Returns:
+        The output like x, and the batch's mass, mean and biased variance, (M, C) each; three empty tensors in evaluation.
+    """
+    empty = mean.new_empty(0)
+    if x.numel() == 0:
+        unchanged = (torch.zeros_like(mean), mean.clone(), var.clone()) if training else (empty, empty, empty)
+        return x.clone(), *unchanged
+    wide = x.to(compute_dtype(x.dtype))
+    p = responsibilities(wide, groups, prior, mean, var, eps, responsibility)
+    if detach_responsibility:
+        p = p.detach()
+    if training:
+        mass, mean, var = batch_statistics(wide, p, mean, var)
+    scale = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)
+    branches = (wide - _along_channels(mean, x)) * _along_channels(scale, x)
+    if bias is not None:
+        branches = branches + _along_channels(bias, x)
+    y = _like((p * branches).sum(0), x)
+    return (y, mass, mean, var) if training else (y, empty, empty, empty)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    groups: Tensor | None,
+    prior: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    mass: Tensor,
+    batch_mean: Tensor,
+    batch_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    training: bool,
+    eps: float,
+    responsibility: str = "channel",
+    detach_responsibility: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `forward` for x, weight and bias, in closed form; p is recomputed, nothing but x was saved."""
+    if x.numel() == 0:
+        return torch.empty_like(x), torch.zeros_like(mean), torch.zeros_like(mean)
+    dims = _reduced_dims(x)
+    wide, g = x.to(compute_dtype(x.dtype)), grad.to(compute_dtype(x.dtype))
+    p = responsibilities(wide, groups, prior, mean, var, eps, responsibility)
+    used_mean, used_var = (batch_mean, batch_var) if training else (mean, var)
+    r = torch.rsqrt(used_var + eps)
+    scale = r if weight is None else weight * r
+
+    deviation = wide - _along_channels(used_mean, x)
+    weighted = p * g
+    grad_bias = weighted.sum(dims)
+    grad_weight = (weighted * deviation).sum(dims) * r
+
+    # f: what one unit of p is worth to the loss, by the output and by the moments; slope: df/dx with g held.
+    f = g * (deviation * _along_channels(scale, x))
+    if bias is not None:
+        f = f + g * _along_channels(bias, x)
+    slope = g * _along_channels(scale, x)
+    if training:
+        inverse_mass = torch.where(mass < MASS_FLOOR, 0.0, mass.clamp_min(MASS_FLOOR).reciprocal())
+        by_mean = _along_channels(-scale * grad_bias * inverse_mass, x)
+        by_var = _along_channels(-0.5 * r * scale * grad_weight * inverse_mass, x)
+        f = f + by_mean * deviation + by_var * (deviation.square() - _along_channels(used_var, x))
+        slope = slope + by_mean + 2 * by_var * deviation
+    grad_x = (p * slope).sum(0)
+    if groups is None and not detach_responsibility:
+        log_slope = (_along_channels(mean, x) - wide) / (_along_channels(var, x) + eps)
+        if responsibility == "joint":
+            f = f.sum(2, keepdim=True)
+        grad_x = grad_x + (p * (f - (p * f).sum(0)) * log_slope).sum(0)
+    return _like(grad_x, x), grad_weight, grad_bias
+
+
+def update_running(
+    prior: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    mass: Tensor,
+    batch_mean: Tensor,
+    batch_var: Tensor,
+    points: int,
+    momentum: float | Tensor,
+) -> None:
+    """Temporal accumulation (eqs 13-15), in place; the variance that enters is the unbiased one.
+
+    Args:
+        prior, mean, var: running statistics, changed in place; `prior` None (split mode) is left alone.
+        mass, batch_mean, batch_var: the batch's statistics (M, C).
+        points: points per channel P; with 0 nothing changes.
+        momentum: weight of the batch, a number or a tensor of one element.
+    """
+    if points == 0:
+        return
+    absent = mass < MASS_FLOOR
+    unbiased = batch_var * (mass / (mass - 1).clamp_min(1))
+    batch = [(mean, torch.where(absent, mean, batch_mean)), (var, torch.where(absent, var, unbiased))]
+    if prior is not None:
+        batch.append((prior, (mass if prior.dim() == 2 else mass[:, 0]) / points))
+    for running, new in batch:
+        running.copy_((1 - momentum) * running + momentum * new)
+
+
+def _like(result: Tensor, x: Tensor) -> Tensor:
+    """`result` in x's dtype and memory format."""
+    result = result.to(x.dtype)
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return result.contiguous(memory_format=torch.channels_last)
+    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return result.contiguous(memory_format=torch.channels_last_3d)
+    return result.contiguous()

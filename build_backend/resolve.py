@@ -1,0 +1,100 @@
+"""Decides what a build contains (CPU or CPU and CUDA, for which GPUs) and says why in one line."""
+
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from build_backend.toolkit import find_toolkit
+
+COMPILERS = ("c++", "g++", "clang++")
+# Where no GPU is there to ask: Ampere (data centre, desktop) and Hopper; later ones start from the PTX.
+DEFAULT_ARCHS = "8.0;8.6;9.0+PTX"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be built."""
+
+    line: str  # for people: what and why
+    cuda_home: Path | None  # the toolkit, where one was found
+    archs: list[str]  # compute capabilities of the CUDA library; empty: it is not built
+
+
+def choose_compiler() -> None:
+    """Set CXX, which compiles and links: as it is where it is set, else the first usual compiler on PATH.
+
+    Raises:
+        SystemExit: no compiler was found.
+    """
+    asked = os.environ.get("CXX")
+    names = (shlex.split(asked)[0],) if asked else COMPILERS
+    found = next((name for name in names if shutil.which(name)), None)
+    if found is None:
+        looked_for = f"CXX={asked}" if asked else ", ".join(COMPILERS) + " on PATH (CXX is not set)"
+        raise SystemExit(
+            f"cbn_ext: no C++ compiler: looked for {looked_for}. Install one (Debian: g++) or name it by CXX."
+        )
+    if not asked:
+        os.environ["CXX"] = found
+
+
+def resolve(
+    torch_version: str,
+    torch_folder: Path,
+    torch_cuda: str | None,
+    kernels: Sequence[str],
+    devices: Sequence[tuple[int, int]] = (),
+) -> Plan:
+    """Decide between CPU and CPU and CUDA.
+
+    Args:
+        torch_version: version of the torch that is built against.
+        torch_folder: the folder that it is installed in.
+        torch_cuda: its CUDA version, None for a CPU torch.
+        kernels: the CUDA source files.
+        devices: compute capabilities of the GPUs in this machine.
+
+    FORCE_CUDA=0 builds for the CPU only; FORCE_CUDA=1 fails rather than build without CUDA;
+    TORCH_CUDA_ARCH_LIST names the architectures.
+
+    Raises:
+        SystemExit: FORCE_CUDA=1 and CUDA cannot be built, or FORCE_CUDA has another value.
+    """
+    force = os.environ.get("FORCE_CUDA", "")
+    if force not in ("", "0", "1"):
+        raise SystemExit(f"cbn_ext: expected FORCE_CUDA=0, FORCE_CUDA=1 or nothing, got FORCE_CUDA={force}")
+    parts = [f"cbn_ext: torch {torch_version} in {torch_folder}"]
+    toolkit = None
+    if torch_cuda is not None:
+        toolkit, rejected = find_toolkit(torch_cuda)
+        found = f"{toolkit.version} in {toolkit.home}, found by {toolkit.origin}" if toolkit else "not found"
+        passed_over = f" (passed over: {'; '.join(rejected)})" if rejected else ""
+        parts.append(f"CUDA toolkit {found}{passed_over}")
+
+    obstacle = None
+    if force == "0":
+        obstacle = "FORCE_CUDA=0"
+    elif torch_cuda is None:
+        obstacle = "this torch has no CUDA"
+    elif toolkit is None:
+        obstacle = "there is no toolkit"
+    elif not kernels:
+        obstacle = "this version of cbn_ext has no CUDA kernels yet"
+    if obstacle is not None:
+        if force == "1":
+            raise SystemExit("; ".join([*parts, f"FORCE_CUDA=1, but {obstacle}"]))
+        parts.append(f"CPU only: {obstacle}")
+        return Plan("; ".join(parts), toolkit.home if toolkit else None, [])
+
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if asked:
+        archs, why = asked.replace(";", " ").split(), "TORCH_CUDA_ARCH_LIST"
+    elif devices:
+        archs, why = [f"{major}.{minor}" for major, minor in sorted(set(devices))], "this machine's GPUs"
+    else:
+        archs, why = DEFAULT_ARCHS.split(";"), "no GPU here, the default"
+    parts.append(f"CPU and CUDA for {' '.join(archs)} ({why})")
+    return Plan("; ".join(parts), toolkit.home, archs)

@@ -1,0 +1,115 @@
+"""Loads the native libraries once, keeps what went wrong, and holds the choice of backend."""
+
+import importlib
+import json
+import warnings
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from ._version import __version__
+
+_FOLDER = Path(__file__).parent
+_BACKENDS = ("auto", "native", "reference")
+
+# A plain global: torch.compile guards on it, and autograd's threads see it.
+_backend = "auto"
+
+
+def _load() -> str | None:
+    """Load the native libraries; what went wrong, None where nothing did."""
+    library = next(_FOLDER.glob("_C.*"), None)
+    if library is None:
+        return f"not built: there is no _C library in {_FOLDER}"
+    try:
+        torch.ops.load_library(library)
+        importlib.import_module("cbn_ext._host")
+    except Exception as error:  # whatever is wrong with a library, importing the package must not fail for it
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+_load_error = _load()
+if _load_error is not None:
+    warnings.warn(
+        f"cbn_ext: the native libraries did not load and the slower PyTorch reference is used: {_load_error}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def native_available() -> bool:
+    """Whether the native libraries are loaded."""
+    return _load_error is None
+
+
+def load_error() -> str | None:
+    """Why the native libraries did not load, None where they did."""
+    return _load_error
+
+
+def backend() -> str:
+    """The backend asked for: "auto", "native" or "reference"."""
+    return _backend
+
+
+class use_backend:  # noqa: N801 - used like a function, as torch.set_grad_enabled is
+    """Choose what computes the layers, from now on or for the body of a ``with`` statement.
+
+    Args:
+        name: "auto" (the default: native wherever it can, else the reference), "native" (an error where it
+            cannot) or "reference" (pure PyTorch).
+
+    Raises:
+        ValueError: another name.
+        RuntimeError: "native", but its libraries did not load.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _backend
+        if name not in _BACKENDS:
+            expected = ", ".join(repr(allowed) for allowed in _BACKENDS)
+            raise ValueError(f"expected one of {expected} as backend, got {name!r}")
+        if name == "native" and _load_error is not None:
+            raise RuntimeError(f"the native backend is not available: {_load_error}")
+        self._previous = _backend
+        _backend = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        global _backend
+        _backend = self._previous
+
+
+def build_info() -> dict[str, object]:
+    """What is installed and what of it works.
+
+    Returns:
+        version: cbn_ext's own.
+        torch, torch_built: the torch that runs, and the one that the libraries were built against.
+        backends: those that can be used here.
+        isa: the instruction set chosen for this CPU, None without the native libraries.
+        compiler: what compiled the libraries, None without them.
+        cuda_archs: compute capabilities that were compiled for.
+        resolved: what the build found and decided, in one line.
+        load_error: why the native libraries did not load, None where they did.
+    """
+    record = _FOLDER / "_build.json"
+    built = json.loads(record.read_text()) if record.exists() else {}
+    host = importlib.import_module("cbn_ext._host") if native_available() else None
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "torch_built": built.get("torch"),
+        "backends": ["native", "reference"] if native_available() else ["reference"],
+        "isa": host.cpu_capability() if host else None,
+        "compiler": host.build_facts()["compiler"] if host else None,
+        "cuda_archs": built.get("cuda_archs", []),
+        "resolved": built.get("resolved"),
+        "load_error": _load_error,
+    }

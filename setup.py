@@ -1,0 +1,93 @@
+"""Builds the native libraries of cbn_ext; the metadata stands in pyproject.toml."""
+
+import json
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+from build_backend import host_torch
+from build_backend.resolve import choose_compiler, resolve
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"cbn_ext: building needs {host_torch.REQUIREMENT}; {sys.executable} has none"
+    ) from error
+if not host_torch.is_supported(torch.__version__):
+    raise SystemExit(f"cbn_ext: building needs {host_torch.REQUIREMENT}, got torch {torch.__version__}")
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
+
+
+# ninja is there too where the environment was not activated.
+os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+
+kernels = sources("cuda/*.cu")
+plan = resolve(
+    torch.__version__,
+    Path(torch.__file__).parent,
+    torch.version.cuda,
+    kernels,
+    [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())],
+)
+if plan.cuda_home is not None:
+    os.environ["CUDA_HOME"] = str(plan.cuda_home)
+if plan.archs:
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(plan.archs)
+
+# torch looks for the toolkit, in its own way, as soon as this is imported.
+import pybind11  # noqa: E402
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+
+class Build(BuildExtension):
+    """Compiles, prints what is built and why, and keeps that beside the libraries for ``build_info``."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # The same for every way to build: pip would take a fresh one each time and compile everything again.
+        self.build_temp = str(Path("build", sys.implementation.cache_tag))
+
+    def run(self) -> None:
+        choose_compiler()
+        print(plan.line, flush=True)
+        super().run()
+        facts = {"torch": torch.__version__, "cuda_archs": plan.archs, "resolved": plan.line}
+        record = Path(self.get_ext_fullpath("cbn_ext._host")).with_name("_build.json")
+        record.write_text(json.dumps(facts, indent=2))
+
+
+CXX_FLAGS = ["-O3", "-ffp-contract=fast", "-Wno-psabi"]
+HEADERS = str(Path("csrc").resolve())
+# Only the stable interface of torch 2.11 and later: one library for all of them.
+STABLE_ABI = {
+    "define_macros": [("TORCH_TARGET_VERSION", "0x020b000000000000")],
+    "include_dirs": [HEADERS],
+    "py_limited_api": True,
+}
+HOST = "csrc/host.cpp"
+
+operators = [source for source in sources("*.cpp", "cpu/*.cpp") if source != HOST]
+extensions = [
+    CppExtension("cbn_ext._C", operators, extra_compile_args=CXX_FLAGS, **STABLE_ABI),
+    # pybind11 does not fit the limited API: this module is for one version of Python. It links no torch.
+    Extension(
+        "cbn_ext._host",
+        [HOST],
+        include_dirs=[HEADERS, pybind11.get_include()],
+        extra_compile_args=[*CXX_FLAGS, "-fvisibility=hidden"],
+        language="c++",
+    ),
+]
+if plan.archs:
+    # A library of its own: on a CPU torch one with CUDA in it would not load.
+    flags = {"cxx": ["-DUSE_CUDA", *CXX_FLAGS], "nvcc": ["-DUSE_CUDA", "-O3"]}
+    extensions.append(CUDAExtension("cbn_ext._C_cuda", kernels, extra_compile_args=flags, **STABLE_ABI))
+
+setup(ext_modules=extensions, cmdclass={"build_ext": Build})

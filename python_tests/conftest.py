@@ -1,0 +1,23 @@
+"""Seeds, backends and hypothesis' profile, for all tests."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+from cbn_ext import use_backend
+
+# The same examples in every run; no deadline, because the first call loads libraries.
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request):
+    """Runs the test once with each backend that serves channel and split mode."""
+    with use_backend(request.param):
+        yield request.param

@@ -73,7 +73,7 @@ def test_wall_clock_adds_up_and_runs_the_directions_in_order():
 
 
 def fixed_time(microseconds: dict[str, float], calls: list[str]):
-    """A measure that records who was called and returns a time that grows with the calls."""
+    """A measure that records who was called and takes what time it is told."""
 
     def measure(workload: str) -> dict[str, float]:
         calls.append(workload)
@@ -152,14 +152,14 @@ def test_allocated_peak_of_autograd_holds_what_is_saved():
         y = x.exp().sin()  # saves exp's result for both backwards
         return [y, *torch.autograd.grad(y, x, grad)]
 
-    # At the peak exp(x) and either cos of it or the gradient between the two are alive.
+    # At the peak exp(x), its cosine and the product of that with grad are alive.
     assert harness.allocated_peak(step) == 3 * x.nbytes
 
 
 def test_resident_peak_sees_touched_memory():
-    x = torch.ones(16 * KIB * KIB)  # 64 MiB: mapped and unmapped by itself
+    x = torch.ones(4 * KIB * KIB)  # 16 MiB
     growth = harness.resident_peak(lambda: [doubled(doubled(x))])
-    assert growth is None or growth == pytest.approx(2 * x.nbytes, abs=4 * KIB * KIB)
+    assert growth is None or growth == pytest.approx(2 * x.nbytes, abs=KIB * KIB)
 
 
 def test_csv_has_one_column_for_each_field_and_the_environment_in_every_row(tmp_path):
@@ -167,8 +167,9 @@ def test_csv_has_one_column_for_each_field_and_the_environment_in_every_row(tmp_
     harness.write_csv(path, [time_row(median_us=1.23456), time_row(provider=BATCHNORM, M=1)], ENVIRONMENT)
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    measured = "provider shape dtype layout M data direction median_us p20_us p80_us samples gb_per_s ratio_to_batchnorm"
-    assert list(rows[0]) == [*measured.split(), "device", "isa", "threads", "torch", "cbn_ext", "date"]
+    case, machine = "provider shape dtype layout M data direction", "device isa threads torch cbn_ext date"
+    times = "median_us p20_us p80_us samples gb_per_s ratio_to_batchnorm"
+    assert list(rows[0]) == f"{case} {times} {machine}".split()
     assert rows[0]["median_us"] == "1.235"
     assert [row["provider"] for row in rows] == [OURS, BATCHNORM]
     assert {row["device"] for row in rows} == {ENVIRONMENT.device}
@@ -330,18 +331,13 @@ def test_comparison_gives_a_row_for_each_member_and_direction(monkeypatch):
     tensor_bytes = 4 * 6 * 5 * 5 * 4
     assert times[0].gb_per_s == pytest.approx(2 * tensor_bytes / 30e3)
     assert [row.in_out for row in memory] == [4 * tensor_bytes] * 2
-    # The eager backward of BatchNorm2d allocates a second gradient of the input, and statistics of every channel.
-    assert tensor_bytes < memory[1].beyond < 1.5 * tensor_bytes
+    # Statistics and gradients of the parameters at least; no more than one tensor like the input beside them.
+    assert 4 * 6 * 4 <= memory[1].beyond < 1.5 * tensor_bytes
 
 
 def test_targets_take_geometric_means_over_shapes_of_mixed_forward_and_backward():
-    members = {
-        (OURS, 4): 4.0,
-        (OURS, 1): 2.0,
-        (BATCHNORM, 1): 2.0,
-        (REFERENCE, 4): 40.0,
-        (REFERENCE_COMPILED, 4): 36.0,
-    }
+    members = {(OURS, 4): 4.0, (OURS, 1): 2.0, (BATCHNORM, 1): 2.0}
+    members |= {(REFERENCE, 4): 40.0, (REFERENCE_COMPILED, 4): 36.0}
     times, memory = [], []
     for shape, factor in (("a", 1.0), ("b", 4.0)):
         for layout in ("contiguous", "channels_last"):
@@ -394,10 +390,8 @@ def test_report_writes_files_named_after_the_machine(tmp_path):
     assert set(written) == {name + ending for ending in (".csv", "-memory.csv", ".md", ".png")}
     summary = written[name + ".md"].read_text()
     assert "| speed | 3.14 | ≤ 3 | missed |" in summary
-    assert (
-        "| 2x3x4x4 float32 channels_last | BatchNorm2d | 1 | 20 (18-25) | 20 (18-25) | 20 (18-25) | 1.50 | 2.00 |"
-        in summary
-    )
+    cells = ["2x3x4x4 float32 channels_last", BATCHNORM, "1", *["20 (18-25)"] * 3, "1.50", "2.00"]
+    assert f"| {' | '.join(cells)} |" in summary
     assert f"]({name}.png)" in summary
     assert written[name + ".png"].read_bytes().startswith(b"\x89PNG")
 

@@ -1,0 +1,101 @@
+"""How fast are the layers on the CPU? float32, two threads, inputs of CIFAR and ImageNet ResNets."""
+
+import os
+import platform
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import geometric_mean
+
+import torch
+from rich.progress import track
+
+import cbn_ext
+from bench.compare import Comparison, compare
+from bench.harness import BOTH, Environment, MemoryRow, TimeRow
+from bench.providers import BATCHNORM, BATCHNORM_COMPILED, OURS, REFERENCE, REFERENCE_COMPILED, Case
+from bench.report import Report, Target
+
+THREADS = 2
+SHAPES = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (16, 256, 56, 56))
+
+_LAYERS = ((OURS, 4), (BATCHNORM, 1), (OURS, 1), (BATCHNORM_COMPILED, 1))
+_ALL = (*_LAYERS, (REFERENCE, 4), (REFERENCE_COMPILED, 4))
+COMPARISONS = (
+    *(Comparison(Case(shape), _ALL) for shape in SHAPES),
+    *(Comparison(Case(shape, layout="channels_last"), _LAYERS) for shape in SHAPES),
+    *(Comparison(Case(SHAPES[1], data=data), _LAYERS[:2]) for data in ("saturated", "constant")),
+)
+
+
+def run() -> Report:
+    """Measure every comparison with the native operators; raises where they are not there, or wrong."""
+    load = os.getloadavg()[0]
+    torch.set_num_threads(THREADS)
+    times: list[TimeRow] = []
+    memory: list[MemoryRow] = []
+    with cbn_ext.use_backend("native"):
+        for comparison in track(COMPARISONS, description="CPU"):
+            rows = compare(comparison)
+            times += rows[0]
+            memory += rows[1]
+    return Report("cpu", environment(), load, times, memory, targets(times, memory))
+
+
+def environment() -> Environment:
+    """This machine's processor and the versions in use."""
+    return Environment(
+        device=cpu_model(),
+        isa=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        cbn_ext=cbn_ext.__version__,
+        date=date.today().isoformat(),
+    )
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def targets(times: list[TimeRow], memory: list[MemoryRow]) -> list[Target]:
+    """What is to be reached beside what is, forward+backward; times as geometric means over the shapes."""
+
+    def ratio(member: tuple[str, int], other: tuple[str, int], layout: str = "contiguous") -> float:
+        medians = {
+            (row.provider, row.M, row.shape): row.median_us
+            for row in times
+            if (row.layout, row.data, row.direction) == (layout, "mixed", BOTH)
+        }
+        shapes = dict.fromkeys(shape for _, _, shape in medians)
+        return geometric_mean(medians[(*member, shape)] / medians[(*other, shape)] for shape in shapes)
+
+    def worst(rows: list[MemoryRow], size: Callable[[MemoryRow], int]) -> float:
+        mixed = [row for row in rows if row.data == "mixed"]
+        unit = {(row.shape, row.layout): size(row) for row in mixed if row.provider == BATCHNORM}
+        ours = [row for row in mixed if (row.provider, row.M) == (OURS, 4)]
+        return max(size(row) / unit[row.shape, row.layout] for row in ours)
+
+    found = []
+    for layout in ("contiguous", "channels_last"):
+        for components, limit in ((4, 3), (1, 1.2)):
+            value = ratio((OURS, components), (BATCHNORM, 1), layout)
+            found.append(Target(f"time, cbn_ext M={components} / BatchNorm2d, {layout}", value, "≤", limit))
+    for provider, limit in ((REFERENCE, 15), (REFERENCE_COMPILED, 8)):
+        found.append(Target(f"time, {provider} / cbn_ext, M=4", ratio((provider, 4), (OURS, 4)), "≥", limit))
+    what = "peak memory, cbn_ext M=4 / BatchNorm2d, worst shape and layout: "
+    beyond = worst(memory, lambda row: row.beyond)
+    found.append(Target(what + "allocated beyond input and output", beyond, "≤", 1.1))
+    found.append(
+        Target(what + "allocated in all", worst(memory, lambda row: row.in_out + row.beyond), "≤", 1.1)
+    )
+    if measured := [row for row in memory if row.resident is not None]:
+        resident = worst(measured, lambda row: row.in_out + row.resident)
+        found.append(Target(what + "resident in all", resident, "≤", 1.1))
+    return found

@@ -46,7 +46,7 @@ def environment() -> Environment:
     """This machine's processor and the versions in use."""
     return Environment(
         device=cpu_model(),
-        isa=torch.backends.cpu.get_cpu_capability(),
+        isa=cbn_ext.build_info()["isa"],
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         cbn_ext=cbn_ext.__version__,

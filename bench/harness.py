@@ -176,10 +176,13 @@ def _status_bytes(key: str) -> int:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where and with what the numbers were made; repeated in every row, so that a row can stand alone."""
+    """Where and with what the numbers were made; repeated in every row, so that a row can stand alone.
+
+    isa: the instruction set of the native kernels, None where these are not loaded.
+    """
 
     device: str
-    isa: str
+    isa: str | None
     threads: int
     torch: str
     cbn_ext: str

@@ -39,8 +39,10 @@ def convert_compound_batchnorm(module: nn.Module, num_components: int = 4, **opt
     def convert(layer: nn.Module) -> nn.Module:
         if layer not in replaced:
             replaced[layer] = _compound(layer, num_components, options) if type(layer) in _LAYERS else layer
-            for name, child in layer.named_children():
-                layer._modules[name] = convert(child)
+            # Not named_children(), which gives a module that stands under two names only once.
+            for name, child in layer._modules.items():
+                if child is not None:
+                    layer._modules[name] = convert(child)
         return replaced[layer]
 
     return convert(module)

@@ -113,7 +113,7 @@ class _CompoundBatchNorm(nn.Module):
             self.num_batches_tracked.add_(1)
             if momentum is None:
                 # Cumulative average; a tensor, because reading the count would wait for the device.
-                momentum = 1.0 / self.num_batches_tracked
+                momentum = 1.0 / self.num_batches_tracked.double()
         if self.track_running_stats:
             running = self._running()
         else:

@@ -64,14 +64,18 @@ def update_running(
 
 if native_available():
 
+    def _empty_like(x: Tensor) -> Tensor:
+        dense = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+        return torch.empty_like(x, memory_format=torch.preserve_format if dense else torch.contiguous_format)
+
     @torch.library.register_fake("cbn_ext::forward")
     def _(x, groups, prior, mean, var, weight, bias, training, eps):
         statistics = [torch.empty_like(mean) if training else mean.new_empty(0) for _ in range(3)]
-        return torch.empty_like(x), *statistics
+        return _empty_like(x), *statistics
 
     @torch.library.register_fake("cbn_ext::backward")
     def _(grad, x, groups, prior, mean, var, mass, batch_mean, batch_var, weight, bias, training, detach, eps):
-        return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
+        return _empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
 
     @torch.library.register_fake("cbn_ext::update_running")
     def _(prior, mean, var, mass, batch_mean, batch_var, points, momentum):

@@ -192,18 +192,19 @@ def update_running(
         return
     absent = mass < MASS_FLOOR
     unbiased = batch_var * (mass / (mass - 1).clamp_min(1))
-    batch = [(mean, torch.where(absent, mean, batch_mean)), (var, torch.where(absent, var, unbiased))]
+    targets = [(mean, batch_mean, absent), (var, unbiased, absent)]
     if prior is not None:
-        batch.append((prior, (mass if prior.dim() == 2 else mass[:, 0]) / points))
-    for running, new in batch:
-        running.copy_((1 - momentum) * running + momentum * new)
+        share = (mass if prior.dim() == 2 else mass[:, 0]) / points
+        targets.append((prior, share, torch.zeros_like(share, dtype=torch.bool)))
+    for running, batch, kept in targets:
+        # Rounded once, to the dtype of the running statistics.
+        moved = (1 - momentum) * running.to(batch.dtype) + momentum * batch
+        running.copy_(torch.where(kept, running, moved))
 
 
 def _like(result: Tensor, x: Tensor) -> Tensor:
-    """`result` in x's dtype and memory format."""
+    """`result` in x's dtype and layout: channels_last where x is, else contiguous."""
     result = result.to(x.dtype)
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return result.contiguous(memory_format=torch.channels_last)
-    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-        return result.contiguous(memory_format=torch.channels_last_3d)
+    if not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
+        return result.movedim(1, -1).contiguous().movedim(-1, 1)
     return result.contiguous()

@@ -1,0 +1,23 @@
+// The CPU kernels for AVX2. The standard headers come first: they must not be compiled for it.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "tasks.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+#define CBN_VECTOR_BYTES 32
+#include "kernels.h"
+
+cbn::Tasks cbn::tasks_avx2(Element element, int components) { return tasks(element, components); }
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

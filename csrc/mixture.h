@@ -1,0 +1,281 @@
+// Compound batch normalization, per element: every formula once, for the host and the device.
+//
+// T is a scalar or a vector of lanes; a lane is one point x of one channel, or of several channels side by side. Statistics
+// of a channel are prepared in double by the functions that take and give `double`; the element functions use them as T.
+// Equations are those of "Compound Batch Normalization for Long-tailed Image Classification" (2022). Neither ATen nor the
+// CUDA runtime is used here.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define CBN_INLINE __host__ __device__ __forceinline__
+#define CBN_UNROLL _Pragma("unroll")
+#elif defined(__clang__)
+#define CBN_INLINE static inline __attribute__((always_inline))
+#define CBN_UNROLL _Pragma("unroll")
+#else
+// Internal linkage: the host compiles these for several instruction sets, which must not be merged at link time.
+#define CBN_INLINE static inline __attribute__((always_inline))
+#define CBN_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace cbn {
+
+constexpr int kMaxComponents = 16;
+// Floor of the prior inside the logarithm: a component that lost its mass can come back.
+constexpr double kPriorFloor = 1e-6;
+// A component whose mass in the batch is below this has no batch statistics and keeps its running ones.
+constexpr double kMassFloor = 1e-30;
+// Log2-odds up to here are exponentiated as they are: sums over components and products with x stay in float's range.
+constexpr double kBoundedOdds = 60.0;
+// Height of the components that pad M to a compiled size: their responsibility is 0.
+constexpr double kNoComponent = -1e30;
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+// What T can do beyond arithmetic: splat(double), exp2(x), reciprocal(x), max(a, b). Specialised beside each T.
+template <class T>
+struct Math;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// E-step (eqs 8-9)
+//
+// log2 of pi_m N(x; mu_m, v_m), v = sigma^2 + eps, is k_m - h_m (x - mu_m)^2 with h = log2(e) / (2 v) and
+// k = log2(pi) - log2(v) / 2. Relative to the component of largest variance, which is stored first, it is again
+// `curvature (x - centre)^2 + height`, with curvature <= 0: bounded above by its height. Where all heights are small, M - 1
+// exponentials and no search for a maximum give the responsibilities ("bounded"); elsewhere (equal variances, hence a line
+// and no bound, or well separated components) each of the M log-densities is kept and the maximum subtracted.
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <class T, int M>
+struct LogOdds {
+  T curvature[M];
+  T centre[M];  // relative to the origin of z
+  T height[M];
+};
+
+// The component of largest variance among var[m * stride], m < components.
+CBN_INLINE int widest_component(const double* var, int components) {
+  int widest = 0;
+  for (int m = 1; m < components; ++m)
+    if (var[m] > var[widest]) widest = m;
+  return widest;
+}
+
+// Where component m is stored when the widest one comes first; its own inverse.
+CBN_INLINE int stored_at(int m, int widest) { return m == 0 ? widest : m == widest ? 0 : m; }
+
+// Fills `odds` for points z = x - origin from a channel's prior, mean and var, components in stored order, and returns
+// whether the odds are bounded. With `force_unbounded` the log-densities are stored although the odds were bounded.
+template <int M>
+CBN_INLINE bool log_odds(LogOdds<double, M>& odds, const double* prior, const double* mean, const double* var,
+                         int components, double eps, double origin, bool force_unbounded) {
+  odds.curvature[0] = odds.centre[0] = odds.height[0] = 0;
+  if constexpr (M == 1) return true;
+  double h[M] = {}, k[M] = {};
+  for (int m = 0; m < components; ++m) {
+    const double v = var[m] + eps;
+    h[m] = kLog2E / (2 * v);
+    k[m] = kLog2E * (std::log(prior[m] > kPriorFloor ? prior[m] : kPriorFloor) - 0.5 * std::log(v));
+  }
+  bool bounded = !force_unbounded;
+  for (int m = 1; m < M; ++m) {
+    odds.curvature[m] = odds.centre[m] = 0;
+    odds.height[m] = kNoComponent;
+  }
+  for (int m = 1; m < components && bounded; ++m) {
+    const double u = mean[m] - mean[0], excess = h[m] - h[0];
+    odds.curvature[m] = -excess;
+    odds.centre[m] = excess > 0 ? mean[0] - origin + h[m] * u / excess : 0;
+    odds.height[m] = k[m] - k[0] + (excess > 0 ? u * u * h[m] * h[0] / excess : 0);
+    bounded = (excess > 0 || u == 0) && odds.height[m] <= kBoundedOdds;
+  }
+  if (bounded) return true;
+  for (int m = 0; m < components; ++m) {
+    odds.curvature[m] = -h[m];
+    odds.centre[m] = mean[m] - origin;
+    odds.height[m] = k[m];
+  }
+  return false;
+}
+
+// Responsibilities up to the factor 1 / sum; returns the sum over components.
+template <bool kBounded, class T, int M>
+CBN_INLINE T unnormalised_responsibilities(const LogOdds<T, M>& odds, T z, T (&e)[M]) {
+  if constexpr (M == 1) {
+    e[0] = Math<T>::splat(1);
+    return e[0];
+  }
+  constexpr int kFirst = kBounded ? 1 : 0;
+  CBN_UNROLL
+  for (int m = kFirst; m < M; ++m) {
+    const T t = z - odds.centre[m];
+    e[m] = odds.curvature[m] * t * t + odds.height[m];
+  }
+  if constexpr (kBounded) {
+    e[0] = Math<T>::splat(1);
+  } else {
+    T top = e[0];
+    CBN_UNROLL
+    for (int m = 1; m < M; ++m) top = Math<T>::max(top, e[m]);
+    CBN_UNROLL
+    for (int m = 0; m < M; ++m) e[m] = e[m] - top;
+  }
+  CBN_UNROLL
+  for (int m = kFirst; m < M; ++m) e[m] = Math<T>::exp2(e[m]);
+  T sum = e[0];
+  CBN_UNROLL
+  for (int m = 1; m < M; ++m) sum = sum + e[m];
+  return sum;
+}
+
+// p_m = pi_m N_m / sum_k pi_k N_k (eq 8)
+template <bool kBounded, class T, int M>
+CBN_INLINE void responsibilities(const LogOdds<T, M>& odds, T z, T (&p)[M]) {
+  const T sum = unnormalised_responsibilities<kBounded>(odds, z, p);
+  if constexpr (M > 1) {
+    const T inverse = Math<T>::reciprocal(sum);
+    CBN_UNROLL
+    for (int m = 0; m < M; ++m) p[m] = p[m] * inverse;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// M-step (eqs 10-12), from sums of z = x - origin, the origin near the channel's values so that squares keep their digits
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <class T, int M>
+struct Moments {
+  T mass[M];    // sum p
+  T first[M];   // sum p z
+  T second[M];  // sum p z^2
+};
+
+template <class T, int M>
+CBN_INLINE void accumulate(Moments<T, M>& sums, const T (&p)[M], T z) {
+  CBN_UNROLL
+  for (int m = 0; m < M; ++m) {
+    const T pz = p[m] * z;
+    sums.mass[m] = sums.mass[m] + p[m];
+    sums.first[m] = sums.first[m] + pz;
+    sums.second[m] = sums.second[m] + pz * z;
+  }
+}
+
+// mean = origin + first / mass, var = second / mass - (first / mass)^2; NaN passes.
+CBN_INLINE void mean_and_variance(double mass, double first, double second, double origin, double& mean, double& var) {
+  const double deviation = first / mass;
+  mean = origin + deviation;
+  var = second / mass - deviation * deviation;
+  if (var < 0) var = 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Normalise and combine (eqs 7, 16):  y = sum_m p_m (gamma_m (x - mu_m) r_m + beta_m),  r = 1 / sqrt(var + eps)
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <class T, int M>
+struct Branches {
+  T scale[M];   // gamma r
+  T offset[M];  // beta - (mu - origin) gamma r
+};
+
+CBN_INLINE double branch_scale(double weight, double var, double eps) { return weight / std::sqrt(var + eps); }
+
+CBN_INLINE double branch_offset(double scale, double bias, double mean, double origin) {
+  return bias - (mean - origin) * scale;
+}
+
+template <bool kBounded, class T, int M>
+CBN_INLINE T normalise(const LogOdds<T, M>& odds, const Branches<T, M>& branches, T z) {
+  T e[M];
+  const T sum = unnormalised_responsibilities<kBounded>(odds, z, e);
+  T scale = e[0] * branches.scale[0];
+  T offset = e[0] * branches.offset[0];
+  CBN_UNROLL
+  for (int m = 1; m < M; ++m) {
+    scale = scale + e[m] * branches.scale[m];
+    offset = offset + e[m] * branches.offset[m];
+  }
+  const T y = scale * z + offset;
+  if constexpr (M == 1) return y;
+  return y * Math<T>::reciprocal(sum);
+}
+
+// Backward of the affine pairs, g = dL/dy:  dL/dbeta_m = sum g p_m,  dL/dgamma_m = sum g p_m (x - mu_m) r_m
+template <class T, int M>
+struct GradientSums {
+  T bias[M];    // sum g p
+  T first[M];   // sum g p z
+};
+
+template <class T, int M>
+CBN_INLINE void accumulate(GradientSums<T, M>& sums, const T (&p)[M], T z, T g) {
+  CBN_UNROLL
+  for (int m = 0; m < M; ++m) {
+    const T gp = g * p[m];
+    sums.bias[m] = sums.bias[m] + gp;
+    sums.first[m] = sums.first[m] + gp * z;
+  }
+}
+
+CBN_INLINE double weight_gradient(double sum_bias, double sum_first, double mean, double origin, double var, double eps) {
+  return (sum_first - (mean - origin) * sum_bias) / std::sqrt(var + eps);
+}
+
+// Backward of the input. With d = x - mu, dL/dmu = -r gamma dL/dbeta, dL/dvar = -r^2 gamma dL/dgamma / 2 and mass n:
+//   f_m  = g (gamma r d + beta) + ( dL/dmu d + dL/dvar (d^2 - var) ) / n     what one unit of p_m is worth
+//   f'_m = g gamma r + ( dL/dmu + 2 dL/dvar d ) / n
+//   dL/dx = sum p f' + Cov_p(l', f),   l'_m = d/dx of the log-odds; the covariance is absent where p is a constant
+template <class T, int M>
+struct InputGradient {
+  T centre[M];     // mu - origin
+  T scale[M];      // gamma r
+  T bias[M];       // beta
+  T linear[M];     // dL/dmu / n
+  T quadratic[M];  // dL/dvar / n
+  T constant[M];   // -quadratic var
+};
+
+CBN_INLINE double mean_gradient(double scale, double grad_bias, double mass) {
+  return mass < kMassFloor ? 0 : -scale * grad_bias / mass;
+}
+
+CBN_INLINE double variance_gradient(double scale, double grad_weight, double var, double eps, double mass) {
+  return mass < kMassFloor ? 0 : -0.5 * scale * grad_weight / std::sqrt(var + eps) / mass;
+}
+
+template <bool kBounded, class T, int M>
+CBN_INLINE T input_gradient(const LogOdds<T, M>& odds, const InputGradient<T, M>& in, const T (&p)[M], T z, T g,
+                            bool detach_responsibility) {
+  T f[M];
+  T direct, mean_f;
+  CBN_UNROLL
+  for (int m = 0; m < M; ++m) {
+    const T d = z - in.centre[m];
+    const T q = in.quadratic[m] * d;
+    const T slope = g * in.scale[m] + (in.linear[m] + (q + q));
+    f[m] = g * (in.scale[m] * d + in.bias[m]) + ((in.linear[m] + q) * d + in.constant[m]);
+    direct = m == 0 ? p[0] * slope : direct + p[m] * slope;
+    mean_f = m == 0 ? p[0] * f[0] : mean_f + p[m] * f[m];
+  }
+  if (M == 1 || detach_responsibility) return direct;
+  T covariance = Math<T>::splat(0);
+  CBN_UNROLL
+  for (int m = kBounded ? 1 : 0; m < M; ++m)
+    covariance = covariance + p[m] * (f[m] - mean_f) * (odds.curvature[m] * (z - odds.centre[m]));
+  return direct + covariance * Math<T>::splat(2 * kLn2);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Temporal accumulation (eqs 13-15)
+// ---------------------------------------------------------------------------------------------------------------------
+
+CBN_INLINE double moved(double running, double batch, double momentum) {
+  return (1 - momentum) * running + momentum * batch;
+}
+
+CBN_INLINE double unbiased(double var, double mass) { return var * (mass / (mass > 2 ? mass - 1 : 1)); }
+
+}  // namespace cbn

@@ -1,0 +1,1 @@
+"""Long-tailed image classification with compound batch normalization: ``python -m train --help``."""

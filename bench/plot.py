@@ -36,7 +36,12 @@ def plot(rows: Sequence[TimeRow], title: str, path: Path) -> None:
             drawn = axes.bar(
                 positions, heights, width, yerr=spread, label=label, color=f"C{number}", ecolor="0.3"
             )
-            axes.bar_label(drawn, [f"{height:.2g}" for height in heights], fontsize=7, padding=1)
+            axes.bar_label(
+                drawn,
+                [f"{height:.1f}" if height < 10 else f"{height:.0f}" for height in heights],
+                fontsize=7,
+                padding=1,
+            )
         axes.axhline(1, color="0.3", linewidth=0.8)
         axes.set(title=layout, yscale="log", xticks=range(len(shapes)), xticklabels=shapes)
         axes.spines[["top", "right"]].set_visible(False)

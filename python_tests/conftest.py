@@ -21,3 +21,9 @@ def backend(request):
     """Runs the test once with each backend that serves channel and split mode."""
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend_of(request):
+    """The same for tests that also run joint mode, which the native operator does not serve."""
+    return lambda responsibility: use_backend(request.param if responsibility == "channel" else "auto")

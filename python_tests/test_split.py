@@ -134,12 +134,16 @@ def test_group_of_one_value_is_finite(backend):
     """Alone in its group, a value has no deviation but for rounding: y is the group's bias, the gradient zero."""
     layer = CompoundBatchNorm1d(3, 4)
     x = torch.randn(5, 3, requires_grad=True)
-    with split_path(torch.tensor([2, 0, 0, 0, 1])):
+    groups = torch.tensor([2, 0, 0, 0, 1])
+    with split_path(groups):
         y = layer(x)
-    y.backward(torch.randn_like(y))
-    rounding = 2 * torch.finfo(x.dtype).eps * x[[0, 4]].abs() * layer.weight[[2, 1]] / layer.eps**0.5
-    assert ((y - layer.bias[[2, 0, 0, 0, 1]])[[0, 4]].abs() <= rounding).all()
-    torch.testing.assert_close(x.grad[[0, 4]], torch.zeros(2, 3))
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    alone = [0, 4]
+    # Two roundings of x and of the gradient, and 1/std is 1/sqrt(eps).
+    rounding = 2 * torch.finfo(x.dtype).eps * layer.weight[groups] / layer.eps**0.5
+    assert ((y - layer.bias[groups]).abs() <= rounding * x.abs())[alone].all()
+    assert (x.grad.abs() <= rounding * grad.abs())[alone].all()
     assert all(t.isfinite().all() for t in (x.grad, layer.weight.grad, *layer.state_dict().values()))
     assert (layer.running_var >= 0).all()
 
@@ -247,10 +251,10 @@ def test_any_integer_groups(backend, dtype):
 
 @pytest.mark.parametrize("bad", [4, -1, 100])
 def test_groups_out_of_range(backend, bad):
-    """An error that names the value and the number of components; the running statistics stay as they were."""
+    """An error that names the value and the largest one allowed; the running statistics stay as they were."""
     layer = CompoundBatchNorm2d(3, 4)
     before = copy.deepcopy(layer.state_dict())
-    with split_path(torch.tensor([0, bad, 1])), pytest.raises((RuntimeError, ValueError), match=rf"(?s)4.*{bad}|{bad}.*4"):
+    with split_path(torch.tensor([0, bad, 1])), pytest.raises((RuntimeError, ValueError), match=rf"3.*{bad}"):
         layer(torch.randn(3, 3, 4, 4))
     for name in ("running_prior", "running_mean", "running_var"):
         assert torch.equal(getattr(layer, name), before[name])

@@ -63,19 +63,22 @@ class Build(BuildExtension):
         record.write_text(json.dumps(facts, indent=2))
 
 
-CXX_FLAGS = ["-O3", "-ffp-contract=fast", "-Wno-psabi"]
+def stable_abi() -> dict:
+    """Only the stable interface of torch 2.11 and later: one library for all of them."""
+    return {
+        "define_macros": [("TORCH_TARGET_VERSION", "0x020b000000000000")],
+        "include_dirs": [HEADERS],
+        "py_limited_api": True,
+    }
+
+
+CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-Wno-psabi"]
 HEADERS = str(Path("csrc").resolve())
-# Only the stable interface of torch 2.11 and later: one library for all of them.
-STABLE_ABI = {
-    "define_macros": [("TORCH_TARGET_VERSION", "0x020b000000000000")],
-    "include_dirs": [HEADERS],
-    "py_limited_api": True,
-}
 HOST = "csrc/host.cpp"
 
 operators = [source for source in sources("*.cpp", "cpu/*.cpp") if source != HOST]
 extensions = [
-    CppExtension("cbn_ext._C", operators, extra_compile_args=CXX_FLAGS, **STABLE_ABI),
+    CppExtension("cbn_ext._C", operators, extra_compile_args=CXX_FLAGS, **stable_abi()),
     # pybind11 does not fit the limited API: this module is for one version of Python. It links no torch.
     Extension(
         "cbn_ext._host",
@@ -88,6 +91,6 @@ extensions = [
 if plan.archs:
     # A library of its own: on a CPU torch one with CUDA in it would not load.
     flags = {"cxx": ["-DUSE_CUDA", *CXX_FLAGS], "nvcc": ["-DUSE_CUDA", "-O3"]}
-    extensions.append(CUDAExtension("cbn_ext._C_cuda", kernels, extra_compile_args=flags, **STABLE_ABI))
+    extensions.append(CUDAExtension("cbn_ext._C_cuda", kernels, extra_compile_args=flags, **stable_abi()))
 
 setup(ext_modules=extensions, cmdclass={"build_ext": Build})

@@ -1,6 +1,5 @@
 """From nn.BatchNorm to compound batch normalization, in a whole network."""
 
-import torch
 from torch import nn
 
 from .modules import CompoundBatchNorm1d, CompoundBatchNorm2d, CompoundBatchNorm3d
@@ -61,14 +60,7 @@ def _compound(norm: nn.modules.batchnorm._BatchNorm, num_components: int, option
         **options,
         **factory,
     )
-    ones = torch.ones(norm.num_features, **factory)
-    zeros = torch.zeros(norm.num_features, **factory)
-    layer.load_batchnorm(
-        zeros if norm.running_mean is None else norm.running_mean,
-        ones if norm.running_var is None else norm.running_var,
-        norm.weight if norm.affine else ones,
-        norm.bias if norm.affine else zeros,
-    )
+    layer.load_batchnorm(norm.running_mean, norm.running_var, norm.weight, norm.bias)
     if norm.affine:
         layer.weight.requires_grad_(norm.weight.requires_grad)
         layer.bias.requires_grad_(norm.bias.requires_grad)

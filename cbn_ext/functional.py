@@ -131,6 +131,13 @@ def split_batch_norm(
     if groups.device != input.device:
         raise RuntimeError(f"expected groups on {input.device}, the input's device, got {groups.device}")
     groups = groups.long()
+    # On a device this would wait for it, and a compiled graph cannot branch on values; the CPU operator checks too.
+    if groups.device.type == "cpu" and groups.numel() and not torch.compiler.is_compiling():
+        low, high = groups.min().item(), groups.max().item()
+        if low < 0 or high >= running_mean.shape[0]:
+            raise RuntimeError(
+                f"expected groups from 0 to {running_mean.shape[0] - 1}, got values from {low} to {high}"
+            )
     return _normalize(
         input, groups, None, running_mean, running_var, weight, bias, True, momentum, eps, "channel", False
     )

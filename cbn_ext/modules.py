@@ -146,22 +146,30 @@ class _CompoundBatchNorm(nn.Module):
         )
 
     @torch.no_grad()
-    def load_batchnorm(self, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> None:
+    def load_batchnorm(
+        self, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> None:
         """Become the batch normalization with these (C,) tensors: same output in evaluation, M components.
 
         The start mixture is laid over the running statistics. Every component's affine pair is the given one seen from
-        the component ("preserve"), so that all branches agree, or the given one as it is ("unit").
+        the component ("preserve"), so that all branches agree, or the given one as it is ("unit"). None stands for mean
+        and bias 0, variance and weight 1.
         """
-        std = var.sqrt()
+        like = self.weight if self.affine else self.running_mean
+        if like is None:
+            return
+        zeros, ones = like.new_zeros(self.num_features), like.new_ones(self.num_features)
+        mean, bias = (zeros if t is None else t.to(like) for t in (mean, bias))
+        var, weight = (ones if t is None else t.to(like) for t in (var, weight))
         if self.track_running_stats:
             self.reset_running_stats()
-            self.running_mean.copy_(mean + std * self.running_mean)
-            self.running_var.copy_(var * self.running_var)
+            self.running_mean.mul_(var.sqrt()).add_(mean)
+            self.running_var.mul_(var)
         if self.affine and self.affine_init == "unit":
             self.weight.copy_(weight.expand_as(self.weight))
             self.bias.copy_(bias.expand_as(self.bias))
         elif self.affine:
-            _, start_mean, start_var = self._running() if self.track_running_stats else self._start_mixture(self.weight)
+            _, start_mean, start_var = self._running() if self.track_running_stats else self._start_mixture(like)
             scale = weight * torch.rsqrt(var + self.eps)
             self.weight.copy_(scale * torch.sqrt(start_var + self.eps))
             self.bias.copy_(bias + scale * (start_mean - mean))
@@ -170,20 +178,20 @@ class _CompoundBatchNorm(nn.Module):
         """Load, also from the checkpoint of an nn.BatchNorm, whose tensors are (C,) and which knows no prior."""
         names = ("running_mean", "running_var", "weight", "bias")
         found = {name: state_dict.get(prefix + name) for name in names}
-        expected = [getattr(self, name) is not None for name in names]
-        from_batchnorm = all(
-            (t is not None and t.shape == (self.num_features,)) == e for t, e in zip(found.values(), expected, strict=True)
+        # The same tensors are there as here, one row of each.
+        from_batchnorm = "running_prior" not in {key.removeprefix(prefix) for key in state_dict} and all(
+            (tensor is None) == (getattr(self, name) is None) and (tensor is None or tensor.shape == (self.num_features,))
+            for name, tensor in found.items()
         )
-        if from_batchnorm and self.track_running_stats and prefix + "running_prior" not in state_dict:
-            ones = torch.ones_like(found["running_var"])
-            weight = ones if found["weight"] is None else found["weight"]
-            bias = torch.zeros_like(ones) if found["bias"] is None else found["bias"]
-            self.load_batchnorm(found["running_mean"], found["running_var"], weight, bias)
+        if from_batchnorm:
+            self.load_batchnorm(*found.values())
             state_dict = {**state_dict}
-            for name, tensor in [(n, getattr(self, n)) for n in (*names, "running_prior")]:
-                if tensor is not None:
-                    state_dict[prefix + name] = tensor.detach()
-            state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(0))
+            for name in (*names, "running_prior"):
+                if getattr(self, name) is not None:
+                    state_dict[prefix + name] = getattr(self, name).detach().clone()
+            if self.track_running_stats:
+                # Checkpoints of nn.BatchNorm before its version 2 do not count.
+                state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(0))
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 

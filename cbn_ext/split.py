@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# A plain global: torch.compile traces it, and it holds in the threads that autograd's checkpointing may use.
+# A plain global: torch.compile traces it, and autograd's threads see it.
 _groups: Tensor | None = None
 
 
@@ -43,7 +43,8 @@ def split_path(groups: Tensor) -> Iterator[None]:
     Args:
         groups: component of every image of the batch (N,), integer, as `class_groups(K, M)[labels]`.
 
-    Layers in evaluation mode take the compound path as always.
+    Layers in evaluation mode take the compound path as always. Where activations are checkpointed, the forward pass is
+    repeated in the backward pass: that one then belongs inside the context, too.
 
     Raises:
         ValueError: `groups` is not a one-dimensional integer tensor.

@@ -69,124 +69,134 @@ struct Block {
   }
 };
 
-// One channel's statistics and parameters in double, components in stored order (the widest first).
-template <class S>
-struct Channel {
-  int components;
+enum class Pass { kMoments, kNormalise, kGradientSums, kInputGradient };
+
+// What one channel brings to the element functions, in double, components in stored order (the widest first).
+struct ChannelCoefficients {
+  bool bounded;
+  double origin;
+  LogOdds<double, kMaxComponents> odds;
+  Branches<double, kMaxComponents> branches;       // for kNormalise
+  InputGradient<double, kMaxComponents> gradient;  // for kInputGradient
+};
+
+// Not inlined, and for all M at once: this runs once per channel and task, and stands in every kernel.
+template <class E>
+__attribute__((noinline)) ChannelCoefficients channel_coefficients(const Block<E>& block, int64_t channel, Pass pass,
+                                                                   bool force_unbounded) {
+  using S = typename E::Scalar;
+  const Problem& p = block.problem;
+  const auto read = [](const void* values, int64_t i) { return static_cast<double>(static_cast<const S*>(values)[i]); };
+  const bool batch = p.training && pass != Pass::kMoments;
+  double var_in_order[kMaxComponents] = {};
+  for (int m = 0; m < p.components; ++m) var_in_order[m] = read(p.var, m * p.channels + channel);
+  const int widest = widest_component(var_in_order, p.components);
+
+  ChannelCoefficients result{};
+  // The origin is a value of S: x - origin is then what the coefficients are made for.
+  result.origin = pass == Pass::kMoments ? block.sampled_origin(channel)
+                                         : read(batch ? p.batch_mean : p.mean, widest * p.channels + channel);
+  result.origin = static_cast<double>(static_cast<S>(result.origin));
   double prior[kMaxComponents] = {}, running_mean[kMaxComponents] = {}, running_var[kMaxComponents] = {};
-  double mass[kMaxComponents] = {}, mean[kMaxComponents] = {}, var[kMaxComponents] = {};  // of what normalises
-  double weight[kMaxComponents] = {}, bias[kMaxComponents] = {};
-  double grad_weight[kMaxComponents] = {}, grad_bias[kMaxComponents] = {};
-
-  // `batch`, `gradients`: the batch's statistics and the affine gradients are known.
-  Channel(const Problem& p, int64_t channel, bool batch, bool gradients) : components(p.components) {
-    double var_in_order[kMaxComponents];
-    for (int m = 0; m < components; ++m) var_in_order[m] = read(p.var, m * p.channels + channel);
-    const int widest = widest_component(var_in_order, components);
-    for (int k = 0; k < components; ++k) {
-      const int64_t i = stored_at(k, widest) * p.channels + channel;
-      prior[k] = p.prior ? read(p.prior, i) : 1;
-      running_mean[k] = read(p.mean, i);
-      running_var[k] = read(p.var, i);
-      mass[k] = batch ? read(p.batch_mass, i) : 0;
-      mean[k] = batch ? read(p.batch_mean, i) : running_mean[k];
-      var[k] = batch ? read(p.batch_var, i) : running_var[k];
-      weight[k] = p.weight ? read(p.weight, i) : 1;
-      bias[k] = p.bias ? read(p.bias, i) : 0;
-      grad_weight[k] = gradients ? read(p.grad_weight, i) : 0;
-      grad_bias[k] = gradients ? read(p.grad_bias, i) : 0;
-    }
-  }
-
-  static double read(const void* values, int64_t i) { return static_cast<double>(static_cast<const S*>(values)[i]); }
-};
-
-// Coefficients of a block: a struct of arrays of vectors, filled from the same struct of doubles, a channel at a time.
-template <class E, template <class, int> class Coefficients, int M>
-CBN_INLINE void set_channel(Coefficients<Vec<typename E::Scalar>, M>& lanes, int channel, bool channels_last,
-                            const Coefficients<double, M>& values) {
-  using S = typename E::Scalar;
-  constexpr int kCount = sizeof(values) / sizeof(double);
-  auto* vectors = reinterpret_cast<Vec<S>*>(&lanes);
-  const auto* scalars = reinterpret_cast<const double*>(&values);
-  for (int i = 0; i < kCount; ++i) {
-    if (channels_last)
-      vectors[i][channel] = static_cast<S>(scalars[i]);
-    else
-      vectors[i] = Vec<S>{} + static_cast<S>(scalars[i]);
-  }
-}
-
-// Prepares a block: its origin, its log-odds, and what `prepare(channel, j)` sets for each channel j.
-template <class E, int M>
-struct Prepared {
-  using S = typename E::Scalar;
-  LogOdds<Vec<S>, M> odds{};
-  Vec<S> origin{};
-  bool bounded = true;
-
-  template <class F>
-  Prepared(const Block<E>& block, bool batch, bool gradients, bool sampled, F prepare) {
-    const Problem& p = block.problem;
-    // One channel that is not bounded makes its neighbours in the vector take the other form too.
-    for (int pass = 0; pass < 2; ++pass) {
-      bool all_bounded = true;
-      for (int j = 0; j < block.channels; ++j) {
-        const Channel<S> channel(p, block.first_channel + j, batch, gradients);
-        // The origin is a value of S, so that x - origin is what the coefficients were made for.
-        const S at = static_cast<S>(sampled ? block.sampled_origin(block.first_channel + j) : channel.mean[0]);
-        LogOdds<double, M> scalar;
-        all_bounded &= log_odds(scalar, channel.prior, channel.running_mean, channel.running_var, p.components, p.eps,
-                                static_cast<double>(at), pass == 1);
-        set_channel<E>(odds, j, p.channels_last, scalar);
-        if (p.channels_last)
-          origin[j] = at;
-        else
-          origin = Vec<S>{} + at;
-        prepare(channel, j, static_cast<double>(at));
+  for (int k = 0; k < p.components; ++k) {
+    const int64_t i = stored_at(k, widest) * p.channels + channel;
+    prior[k] = p.prior ? read(p.prior, i) : 1;
+    running_mean[k] = read(p.mean, i);
+    running_var[k] = read(p.var, i);
+    const double mean = batch ? read(p.batch_mean, i) : running_mean[k];
+    const double var = batch ? read(p.batch_var, i) : running_var[k];
+    const double bias = p.bias ? read(p.bias, i) : 0;
+    const double scale = branch_scale(p.weight ? read(p.weight, i) : 1, var, p.eps);
+    if (pass == Pass::kNormalise) {
+      result.branches.scale[k] = scale;
+      result.branches.offset[k] = branch_offset(scale, bias, mean, result.origin);
+    } else if (pass == Pass::kInputGradient) {
+      InputGradient<double, kMaxComponents>& in = result.gradient;
+      in.centre[k] = mean - result.origin;
+      in.scale[k] = scale;
+      in.bias[k] = bias;
+      if (batch) {  // running statistics are constants
+        const double mass = read(p.batch_mass, i);
+        in.linear[k] = mean_gradient(scale, read(p.grad_bias, i), mass);
+        in.quadratic[k] = variance_gradient(scale, read(p.grad_weight, i), var, p.eps, mass);
+        in.constant[k] = -in.quadratic[k] * var;
       }
-      bounded = pass == 0 && all_bounded;
-      if (bounded) break;
     }
   }
-};
-
-// Lane l is 1 where l < count, else 0.
-template <class S>
-CBN_INLINE Vec<S> lanes_below(int64_t count) {
-  Vec<S> mask{};
-  for (int64_t l = 0; l < kLanesOf<S>; ++l) mask[l] = l < count;
-  return mask;
+  result.bounded =
+      log_odds(result.odds, prior, running_mean, running_var, p.components, p.eps, result.origin, force_unbounded);
+  return result;
 }
+
+// Coefficients of all components of one channel, a struct of arrays of doubles, into the same struct of arrays of vectors
+// with M components: into one lane in channels_last, into all of them else.
+template <class S>
+__attribute__((noinline)) void set_lanes(S* vectors, const double* values, int arrays, int M, int lane, bool all) {
+  for (int i = 0; i < arrays; ++i)
+    for (int m = 0; m < M; ++m)
+      for (int l = all ? 0 : lane; l < (all ? kLanesOf<S> : lane + 1); ++l)
+        vectors[(i * M + m) * kLanesOf<S> + l] = static_cast<S>(values[i * kMaxComponents + m]);
+}
+
+// What a block brings to the element functions.
+template <class E, int M>
+struct BlockCoefficients {
+  using S = typename E::Scalar;
+  bool bounded;
+  Vec<S> origin{};
+  LogOdds<Vec<S>, M> odds{};
+  Branches<Vec<S>, M> branches{};
+  InputGradient<Vec<S>, M> gradient{};
+
+  BlockCoefficients(const Block<E>& block, Pass pass) : bounded(true) {
+    // Where one channel is not bounded, its neighbours in the vector take the other form too.
+    if (!set(block, pass, false)) {
+      bounded = false;
+      set(block, pass, true);
+    }
+  }
+
+ private:
+  template <template <class, int> class Coefficients>
+  void set(Coefficients<Vec<S>, M>& lanes, const Coefficients<double, kMaxComponents>& values, int lane, bool all) {
+    set_lanes(reinterpret_cast<S*>(&lanes), reinterpret_cast<const double*>(&values), sizeof(lanes) / sizeof(Vec<S>) / M, M,
+              lane, all);
+  }
+
+  bool set(const Block<E>& block, Pass pass, bool force_unbounded) {
+    bool all_bounded = true;
+    const bool all = !block.problem.channels_last;
+    for (int j = 0; j < block.channels; ++j) {
+      const ChannelCoefficients channel = channel_coefficients(block, block.first_channel + j, pass, force_unbounded);
+      all_bounded &= channel.bounded;
+      set_lanes(reinterpret_cast<S*>(&origin), &channel.origin, 1, 1, j, all);
+      set(odds, channel.odds, j, all);
+      if (pass == Pass::kNormalise) set(branches, channel.branches, j, all);
+      if (pass == Pass::kInputGradient) set(gradient, channel.gradient, j, all);
+    }
+    return all_bounded;
+  }
+};
 
 // Sums over vectors: in float for a while, then in double. Sums<V, M> is a struct of arrays of vectors.
 template <class E, template <class, int> class Sums, int M>
 struct LongSums {
   using V = Vec<typename E::Scalar>;
   static constexpr int kLanes = Block<E>::kLanes;
-  static constexpr int kCount = sizeof(Sums<V, M>) / sizeof(V);
+  static constexpr int kArrays = sizeof(Sums<V, M>) / sizeof(V) / M;
 
-  Sums<V, M> current{};
-  int vectors = 0;
-  double total[kCount][kLanes] = {};
+  double total[kArrays * M][kLanes] = {};
 
-  __attribute__((always_inline)) void added() {
-    if (++vectors == kVectorsPerFlush) flush();
-  }
-
-  void flush() {
-    auto* sums = reinterpret_cast<V*>(&current);
-    for (int i = 0; i < kCount; ++i) {
+  // Not inlined: `current` has a copy made of it here, and itself stays in registers.
+  __attribute__((noinline)) void add(Sums<V, M> current) {
+    const auto* sums = reinterpret_cast<const V*>(&current);
+    for (int i = 0; i < kArrays * M; ++i)
       for (int l = 0; l < kLanes; ++l) total[i][l] += static_cast<double>(sums[i][l]);
-      sums[i] = V{};
-    }
-    vectors = 0;
   }
 
   // [kinds of sums, components in stored order, channels], then the origin [channels].
-  void write(double* out, const Block<E>& block, V origin) {
-    flush();
-    for (int i = 0; i < kCount; ++i) {
+  __attribute__((noinline)) void write(double* out, const Block<E>& block, V origin) const {
+    for (int i = 0; i < kArrays * M; ++i) {
       if (i % M >= block.problem.components) continue;
       if (block.problem.channels_last) {
         for (int l = 0; l < block.channels; ++l) *out++ = total[i][l];
@@ -211,102 +221,87 @@ CBN_INLINE void with_bounded(bool bounded, F loop) {
 
 template <class E, int M>
 void moments(const Problem& problem, int64_t index, int64_t begin, int64_t end, double* sums) {
-  using S = typename E::Scalar;
+  using V = Vec<typename E::Scalar>;
   const Block<E> block(problem, index);
-  const Prepared<E, M> prepared(block, false, false, true, [](const auto&, int, double) {});
-  LongSums<E, Moments, M> result;
-  with_bounded(prepared.bounded, [&](auto bounded) {
-    const auto odds = prepared.odds;
-    const auto origin = prepared.origin;
+  const BlockCoefficients<E, M> coefficients(block, Pass::kMoments);
+  LongSums<E, Moments, M> totals;
+  with_bounded(coefficients.bounded, [&](auto bounded) {
+    Moments<V, M> current{};
+    int vectors = 0;
     block.for_each_vector(begin, end, [&](int64_t offset, int64_t count) __attribute__((always_inline)) {
-      const Vec<S> z = load<E>(block.x() + offset, count) - origin;
-      Vec<S> p[M];
-      responsibilities<bounded.value>(odds, z, p);
+      const V z = load<E>(block.x() + offset, count) - coefficients.origin;
+      V p[M];
+      responsibilities<bounded.value>(coefficients.odds, z, p);
       if (count < Block<E>::kLanes) {
-        const Vec<S> mask = lanes_below<S>(count);
+        const V mask = lanes_below<typename E::Scalar>(count);
+        CBN_UNROLL
         for (int m = 0; m < M; ++m) p[m] = p[m] * mask;
       }
-      accumulate(result.current, p, z);
-      result.added();
+      accumulate(current, p, z);
+      if (++vectors == kVectorsPerFlush) {
+        totals.add(current);
+        current = {};
+        vectors = 0;
+      }
     });
+    totals.add(current);
   });
-  result.write(sums, block, prepared.origin);
+  totals.write(sums, block, coefficients.origin);
 }
 
 template <class E, int M>
 void normalise(const Problem& problem, int64_t index, int64_t begin, int64_t end) {
-  using S = typename E::Scalar;
+  using V = Vec<typename E::Scalar>;
   const Block<E> block(problem, index);
-  Branches<Vec<S>, M> lanes{};
-  const Prepared<E, M> prepared(block, problem.training, false, false, [&](const auto& channel, int j, double origin) {
-    Branches<double, M> values{};
-    for (int k = 0; k < channel.components; ++k) {
-      values.scale[k] = branch_scale(channel.weight[k], channel.var[k], problem.eps);
-      values.offset[k] = branch_offset(values.scale[k], channel.bias[k], channel.mean[k], origin);
-    }
-    set_channel<E>(lanes, j, problem.channels_last, values);
-  });
-  with_bounded(prepared.bounded, [&](auto bounded) {
-    const auto odds = prepared.odds;
-    const auto origin = prepared.origin;
-    const auto branches = lanes;
+  const BlockCoefficients<E, M> coefficients(block, Pass::kNormalise);
+  with_bounded(coefficients.bounded, [&](auto bounded) {
     block.for_each_vector(begin, end, [&](int64_t offset, int64_t count) __attribute__((always_inline)) {
-      const Vec<S> z = load<E>(block.x() + offset, count) - origin;
-      store<E>(block.out() + offset, count, cbn::normalise<bounded.value>(odds, branches, z));
+      const V z = load<E>(block.x() + offset, count) - coefficients.origin;
+      store<E>(block.out() + offset, count, cbn::normalise<bounded.value>(coefficients.odds, coefficients.branches, z));
     });
   });
 }
 
 template <class E, int M>
 void gradient_sums(const Problem& problem, int64_t index, int64_t begin, int64_t end, double* sums) {
-  using S = typename E::Scalar;
+  using V = Vec<typename E::Scalar>;
   const Block<E> block(problem, index);
-  const Prepared<E, M> prepared(block, problem.training, false, false, [](const auto&, int, double) {});
-  LongSums<E, GradientSums, M> result;
-  with_bounded(prepared.bounded, [&](auto bounded) {
-    const auto odds = prepared.odds;
-    const auto origin = prepared.origin;
+  const BlockCoefficients<E, M> coefficients(block, Pass::kGradientSums);
+  LongSums<E, GradientSums, M> totals;
+  with_bounded(coefficients.bounded, [&](auto bounded) {
+    GradientSums<V, M> current{};
+    int vectors = 0;
     block.for_each_vector(begin, end, [&](int64_t offset, int64_t count) __attribute__((always_inline)) {
-      const Vec<S> z = load<E>(block.x() + offset, count) - origin;
-      const Vec<S> g = load<E>(block.grad() + offset, count);  // 0 beyond `count`, and so are the sums there
-      Vec<S> p[M];
-      responsibilities<bounded.value>(odds, z, p);
-      accumulate(result.current, p, z, g);
-      result.added();
+      const V z = load<E>(block.x() + offset, count) - coefficients.origin;
+      const V g = load<E>(block.grad() + offset, count);  // 0 beyond `count`, and so is what is added there
+      V p[M];
+      responsibilities<bounded.value>(coefficients.odds, z, p);
+      accumulate(current, p, z, g);
+      if (++vectors == kVectorsPerFlush) {
+        totals.add(current);
+        current = {};
+        vectors = 0;
+      }
     });
+    totals.add(current);
   });
-  result.write(sums, block, prepared.origin);
+  totals.write(sums, block, coefficients.origin);
 }
 
 template <class E, int M>
 void input_gradient(const Problem& problem, int64_t index, int64_t begin, int64_t end) {
-  using S = typename E::Scalar;
+  using V = Vec<typename E::Scalar>;
   const Block<E> block(problem, index);
-  InputGradient<Vec<S>, M> lanes{};
-  const Prepared<E, M> prepared(block, problem.training, true, false, [&](const auto& channel, int j, double origin) {
-    InputGradient<double, M> values{};
-    for (int k = 0; k < channel.components; ++k) {
-      const double var = channel.var[k], mass = problem.training ? channel.mass[k] : 0;
-      values.centre[k] = channel.mean[k] - origin;
-      values.scale[k] = branch_scale(channel.weight[k], var, problem.eps);
-      values.bias[k] = channel.bias[k];
-      values.linear[k] = mean_gradient(values.scale[k], channel.grad_bias[k], mass);
-      values.quadratic[k] = variance_gradient(values.scale[k], channel.grad_weight[k], var, problem.eps, mass);
-      values.constant[k] = -values.quadratic[k] * var;
-    }
-    set_channel<E>(lanes, j, problem.channels_last, values);
-  });
-  with_bounded(prepared.bounded, [&](auto bounded) {
-    const auto odds = prepared.odds;
-    const auto origin = prepared.origin;
-    const auto coefficients = lanes;
-    const bool detach = problem.detach_responsibility;
+  const BlockCoefficients<E, M> coefficients(block, Pass::kInputGradient);
+  const bool detach = problem.detach_responsibility;
+  with_bounded(coefficients.bounded, [&](auto bounded) {
     block.for_each_vector(begin, end, [&](int64_t offset, int64_t count) __attribute__((always_inline)) {
-      const Vec<S> z = load<E>(block.x() + offset, count) - origin;
-      const Vec<S> g = load<E>(block.grad() + offset, count);
-      Vec<S> p[M];
-      responsibilities<bounded.value>(odds, z, p);
-      store<E>(block.out() + offset, count, cbn::input_gradient<bounded.value>(odds, coefficients, p, z, g, detach));
+      const V z = load<E>(block.x() + offset, count) - coefficients.origin;
+      const V g = load<E>(block.grad() + offset, count);
+      V p[M];
+      responsibilities<bounded.value>(coefficients.odds, z, p);
+      store<E>(block.out() + offset, count,
+               cbn::input_gradient<bounded.value>(coefficients.odds, coefficients.gradient, p, z, g, detach));
     });
   });
 }

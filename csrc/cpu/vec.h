@@ -151,17 +151,11 @@ CBN_INLINE Halves narrow_half(Floats x) {
   return __builtin_convertvector(value | ((b >> 16) & 0x8000), Halves);
 }
 
-// x[0 .. count) as lanes; the lanes beyond `count` are 0.
 template <class E>
-CBN_INLINE Vec<typename E::Scalar> load(const typename E::Memory* x, int64_t count) {
-  constexpr int kLanes = kLanesOf<typename E::Scalar>;
-  typename VectorType<typename E::Memory, kLanes>::type raw;
-  if (count >= kLanes) {
-    std::memcpy(&raw, x, sizeof(raw));
-  } else {
-    raw = decltype(raw){};
-    for (int64_t i = 0; i < count; ++i) raw[i] = x[i];
-  }
+using RawVec = typename VectorType<typename E::Memory, kLanesOf<typename E::Scalar>>::type;
+
+template <class E>
+CBN_INLINE Vec<typename E::Scalar> widen(RawVec<E> raw) {
   if constexpr (std::is_same_v<E, Half>)
     return widen_half(raw);
   else if constexpr (std::is_same_v<E, BFloat16>)
@@ -170,10 +164,38 @@ CBN_INLINE Vec<typename E::Scalar> load(const typename E::Memory* x, int64_t cou
     return raw;
 }
 
+// x[0 .. count) as lanes; the lanes beyond `count` are 0.
+template <class E>
+CBN_INLINE Vec<typename E::Scalar> load(const typename E::Memory* x, int64_t count) {
+  RawVec<E> raw{};
+  if (count >= kLanesOf<typename E::Scalar>) {
+    std::memcpy(&raw, x, sizeof(raw));
+    return widen<E>(raw);
+  }
+  for (int64_t i = 0; i < count; ++i) raw[i] = x[i];
+  return widen<E>(raw);
+}
+
+// Lane l is 1 where l < count, else 0.
+template <class S>
+CBN_INLINE Vec<S> lanes_below(int64_t count) {
+  constexpr int kLanes = kLanesOf<S>;
+  struct Window {
+    S values[2 * kLanes];
+    constexpr Window() : values{} {
+      for (int i = 0; i < kLanes; ++i) values[i] = 1;
+    }
+  };
+  static constexpr Window kWindow;
+  Vec<S> mask;
+  std::memcpy(&mask, kWindow.values + kLanes - count, sizeof(mask));
+  return mask;
+}
+
 template <class E>
 CBN_INLINE void store(typename E::Memory* y, int64_t count, Vec<typename E::Scalar> value) {
   constexpr int kLanes = kLanesOf<typename E::Scalar>;
-  typename VectorType<typename E::Memory, kLanes>::type raw;
+  RawVec<E> raw;
   if constexpr (std::is_same_v<E, Half>)
     raw = narrow_half(value);
   else if constexpr (std::is_same_v<E, BFloat16>)

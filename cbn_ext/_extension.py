@@ -26,14 +26,15 @@ def _load() -> str | None:
         torch.ops.load_library(library)
         importlib.import_module("cbn_ext._host")
     except Exception as error:  # whatever is wrong with a library, importing the package must not fail for it
-        return f"{type(error).__name__}: {error}"
+        reason = error.__cause__ or error  # torch's own message names the file only
+        return f"{type(reason).__name__}: {reason}"
     return None
 
 
 _load_error = _load()
 if _load_error is not None:
     warnings.warn(
-        f"cbn_ext: the native libraries did not load and the slower PyTorch reference is used: {_load_error}",
+        f"cbn_ext: no native libraries, the slower PyTorch reference is used instead: {_load_error}",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -1,0 +1,379 @@
+"""The build: toolkit, host torch, compiler, make. No test here downloads or compiles anything."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+from setuptools.config.pyprojecttoml import load_file
+
+from build_backend import host_torch, resolve, toolkit
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = load_file(ROOT / "pyproject.toml")
+PINS = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+
+
+def write_script(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
+
+
+def make_toolkit(home, version="13.0", header="include/cuda_runtime.h", tells_top=True):
+    """A tree that looks like a CUDA toolkit, with an nvcc that answers --version and --dryrun."""
+    lines = [f'[ "$1" = --version ] && echo "Cuda compilation tools, release {version}, V{version}.88"']
+    if tells_top:
+        lines.append(f"[ \"$1\" = --dryrun ] && echo '#$ TOP={home}/bin/..' >&2")
+    write_script(home / "bin" / "nvcc", *lines, "true")
+    if header:
+        (home / header).parent.mkdir(parents=True)
+        (home / header).touch()
+    return home
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine on which nothing of CUDA is to be found; `machine / "bin"` is all of its PATH."""
+    for variable in ("CUDA_HOME", "CUDA_PATH", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(toolkit, "USUAL_FOLDERS", (tmp_path / "usual",))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site-packages")])
+    return tmp_path
+
+
+class TestToolkit:
+    def test_nothing_there(self, machine):
+        assert toolkit.find_toolkit("13.0") == (None, [])
+
+    def test_wrapper_script_on_path(self, machine):
+        home = make_toolkit(machine / "real")
+        write_script(machine / "bin" / "nvcc", f'exec {home}/bin/nvcc "$@"')
+        assert toolkit.find_toolkit("13.0") == (toolkit.Toolkit(home, "13.0", "nvcc --dryrun"), [])
+
+    def test_link_to_an_nvcc_that_does_not_tell_its_top(self, machine):
+        home = make_toolkit(machine / "real", tells_top=False)
+        (machine / "bin").mkdir()
+        (machine / "bin" / "nvcc").symlink_to(home / "bin" / "nvcc")
+        assert toolkit.find_toolkit("13.0") == (toolkit.Toolkit(home, "13.0", "nvcc on PATH"), [])
+
+    @pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
+    def test_variable_comes_before_path(self, machine, monkeypatch, variable):
+        home = make_toolkit(machine / "named")
+        write_script(machine / "bin" / "nvcc", f'exec {make_toolkit(machine / "other")}/bin/nvcc "$@"')
+        monkeypatch.setenv(variable, str(home))
+        assert toolkit.find_toolkit("13.0") == (toolkit.Toolkit(home, "13.0", variable), [])
+
+    def test_wrong_cuda_home_is_passed_over(self, machine, monkeypatch):
+        home = make_toolkit(machine / "usual" / "cuda")
+        monkeypatch.setenv("CUDA_HOME", str(machine / "nowhere"))
+        found, rejected = toolkit.find_toolkit("13.0")
+        assert found == toolkit.Toolkit(home, "13.0", "usual folder")
+        assert rejected == [f"CUDA_HOME {machine / 'nowhere'}: no bin/nvcc"]
+
+    def test_toolkit_without_headers_is_passed_over(self, machine):
+        make_toolkit(machine / "usual" / "cuda", header=None)
+        assert toolkit.find_toolkit("13.0") == (
+            None,
+            [f"usual folder {machine / 'usual' / 'cuda'}: no cuda_runtime.h"],
+        )
+
+    def test_headers_of_a_target(self, machine):
+        home = make_toolkit(machine / "usual" / "cuda", header="targets/sbsa-linux/include/cuda_runtime.h")
+        assert toolkit.find_toolkit("13.0")[0].home == home
+
+    def test_another_major_version_is_passed_over(self, machine):
+        old = make_toolkit(machine / "usual" / "cuda", version="12.4")
+        new = make_toolkit(machine / "usual" / "cuda-13.1", version="13.1")
+        found, rejected = toolkit.find_toolkit("13.0")
+        assert found == toolkit.Toolkit(new, "13.1", "usual folder")
+        assert rejected == [f"usual folder {old}: CUDA 12.4, but torch has 13.0"]
+
+    def test_pip_package(self, machine):
+        home = make_toolkit(machine / "site-packages" / "nvidia" / "cu13")
+        assert toolkit.find_toolkit("13.0") == (toolkit.Toolkit(home, "13.0", "pip package"), [])
+
+
+class TestResolve:
+    TORCH = Path("site/torch")
+
+    def resolve(self, cuda="13.0", kernels=("kernel.cu",), devices=()):
+        return resolve.resolve("2.11.0", self.TORCH, cuda, kernels, devices)
+
+    def test_cpu_torch(self, machine):
+        make_toolkit(machine / "usual" / "cuda")
+        plan = self.resolve(cuda=None)
+        assert plan.line == f"cbn_ext: torch 2.11.0 in {self.TORCH}; CPU only: this torch has no CUDA"
+        assert (plan.cuda_home, plan.archs) == (None, [])
+
+    def test_no_toolkit(self, machine):
+        plan = self.resolve()
+        assert plan.line.endswith("CUDA toolkit not found; CPU only: there is no toolkit")
+        assert (plan.cuda_home, plan.archs) == (None, [])
+
+    def test_no_kernels(self, machine):
+        home = make_toolkit(machine / "usual" / "cuda")
+        plan = self.resolve(kernels=())
+        assert plan.line.endswith(
+            f"CUDA toolkit 13.0 in {home}, found by usual folder; "
+            "CPU only: this version of cbn_ext has no CUDA kernels yet"
+        )
+        assert plan.archs == []
+
+    def test_cuda_without_gpu(self, machine):
+        home = make_toolkit(machine / "usual" / "cuda")
+        plan = self.resolve()
+        assert plan.line.endswith("CPU and CUDA for 8.0 8.6 9.0+PTX (no GPU here, the default)")
+        assert (plan.cuda_home, plan.archs) == (home, ["8.0", "8.6", "9.0+PTX"])
+
+    def test_cuda_with_gpus(self, machine):
+        make_toolkit(machine / "usual" / "cuda")
+        plan = self.resolve(devices=[(9, 0), (8, 6), (9, 0)])
+        assert plan.archs == ["8.6", "9.0"]
+        assert plan.line.endswith("CPU and CUDA for 8.6 9.0 (this machine's GPUs)")
+
+    def test_named_architectures(self, machine, monkeypatch):
+        make_toolkit(machine / "usual" / "cuda")
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;10.0+PTX")
+        plan = self.resolve(devices=[(9, 0)])
+        assert plan.archs == ["8.0", "10.0+PTX"]
+        assert plan.line.endswith("CPU and CUDA for 8.0 10.0+PTX (TORCH_CUDA_ARCH_LIST)")
+
+    def test_force_cuda_0(self, machine, monkeypatch):
+        make_toolkit(machine / "usual" / "cuda")
+        monkeypatch.setenv("FORCE_CUDA", "0")
+        plan = self.resolve()
+        assert plan.line.endswith("CPU only: FORCE_CUDA=0")
+        assert plan.archs == []
+
+    @pytest.mark.parametrize(
+        ("with_toolkit", "cuda", "kernels", "why"),
+        [
+            (True, None, ["kernel.cu"], "this torch has no CUDA"),
+            (False, "13.0", ["kernel.cu"], "there is no toolkit"),
+            (True, "13.0", [], "this version of cbn_ext has no CUDA kernels yet"),
+        ],
+    )
+    def test_force_cuda_1_fails_rather_than_build_without(
+        self, machine, monkeypatch, with_toolkit, cuda, kernels, why
+    ):
+        if with_toolkit:
+            make_toolkit(machine / "usual" / "cuda")
+        monkeypatch.setenv("FORCE_CUDA", "1")
+        with pytest.raises(SystemExit, match=f"FORCE_CUDA=1, but {why}$"):
+            self.resolve(cuda, kernels)
+
+    def test_force_cuda_takes_no_other_value(self, machine, monkeypatch):
+        monkeypatch.setenv("FORCE_CUDA", "yes")
+        with pytest.raises(
+            SystemExit, match="expected FORCE_CUDA=0, FORCE_CUDA=1 or nothing, got FORCE_CUDA=yes"
+        ):
+            self.resolve()
+
+
+class TestCompiler:
+    def test_first_usual_one_on_path(self, machine, monkeypatch):
+        write_script(machine / "bin" / "clang++")
+        resolve.choose_compiler()
+        assert os.environ["CXX"] == "clang++"
+        monkeypatch.delenv("CXX")  # set by the code under test: the fixture does not know of it
+
+    def test_named_one_is_kept(self, machine, monkeypatch):
+        write_script(machine / "bin" / "ccache")
+        monkeypatch.setenv("CXX", "ccache g++-13")
+        resolve.choose_compiler()
+        assert os.environ["CXX"] == "ccache g++-13"
+
+    def test_none_on_path(self, machine):
+        with pytest.raises(
+            SystemExit, match=r"no C\+\+ compiler: looked for c\+\+, g\+\+, clang\+\+ on PATH"
+        ):
+            resolve.choose_compiler()
+
+    def test_build_without_compiler_fails(self, tmp_path):
+        command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path)]
+        build = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "CXX": "/nonexistent"}, capture_output=True, text=True
+        )
+        assert build.returncode == 1
+        assert "cbn_ext: no C++ compiler: looked for CXX=/nonexistent. Install one" in build.stderr
+        assert "Traceback" not in build.stderr
+        assert not list(tmp_path.iterdir())
+
+
+def make_environment(folder, torch_version=None):
+    """A virtual environment, with a package that says it is this version of torch."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    if torch_version:
+        packages = next(folder.glob("lib/python*/site-packages"))
+        (packages / "torch").mkdir()
+        (packages / "torch" / "__init__.py").write_text(f"__version__ = {torch_version!r}\n")
+        information = packages / f"torch-{torch_version}.dist-info"
+        information.mkdir()
+        (information / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: torch\nVersion: {torch_version}\n"
+        )
+    return folder / "bin" / "python"
+
+
+class TestHostTorch:
+    @pytest.mark.parametrize(
+        ("installed", "found"),
+        [
+            ("2.11.0+cu130", True),
+            ("3.0.0", True),
+            ("2.12.0a0+git1234", True),
+            ("2.10.1", False),
+            (None, False),
+        ],
+    )
+    def test_version(self, tmp_path, installed, found):
+        torch = host_torch.find(str(make_environment(tmp_path / "env", installed)))
+        assert (torch.version if torch else None) == (installed if found else None)
+
+    def test_the_isolated_environment_does_not_count(self, tmp_path, monkeypatch):
+        make_environment(tmp_path / "other", "9.9.9")
+        monkeypatch.setenv("PYTHONPATH", str(next(tmp_path.glob("other/lib/python*/site-packages"))))
+        assert host_torch.find(str(make_environment(tmp_path / "env"))) is None
+
+    @pytest.mark.parametrize(
+        ("installed", "requires"), [("2.11.0", []), ("2.10.1", ["torch>=2.11"]), (None, ["torch>=2.11"])]
+    )
+    def test_hooks_in_an_isolated_build(self, tmp_path, installed, requires):
+        """-S hides the environment's packages, as pip does; setuptools comes by PYTHONPATH, as with pip."""
+        python = make_environment(tmp_path / "env", installed)
+        overlay = tmp_path / "overlay"
+        overlay.mkdir()
+        packages = Path(setuptools.__file__).parent.parent
+        for name in ("setuptools", "_distutils_hack"):
+            (overlay / name).symlink_to(packages / name)
+        program = (
+            "import importlib.util; from build_backend import backend; "
+            "print(backend.get_requires_for_build_editable(), backend.get_requires_for_build_wheel(), "
+            "backend.get_requires_for_build_sdist(), importlib.util.find_spec('torch') is not None)"
+        )
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(overlay), str(ROOT)])}
+        hooks = subprocess.run(
+            [python, "-S", "-c", program],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert hooks.stdout.strip() == f"{requires} {requires} {requires} {installed == '2.11.0'}"
+
+
+class TestMake:
+    """make against a Python that only writes down what it was asked to do."""
+
+    INSTALL = "-m pip install --disable-pip-version-check --constraint constraints.txt"
+    BUILD = "setup.py build_ext --inplace"
+
+    @pytest.fixture
+    def checkout(self, tmp_path):
+        for name in ("Makefile", "pyproject.toml", "constraints.txt", "setup.py"):
+            shutil.copy(ROOT / name, tmp_path)
+        (tmp_path / "csrc").mkdir()
+        (tmp_path / "csrc" / "ops.cpp").touch()
+        write_script(
+            tmp_path / "fake_python",
+            '[ "$1" = -c ] && exec echo cpython-0',
+            f'echo "$@" >> {tmp_path}/calls',
+            '[ "$1 $2" = "-m venv" ] && mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && touch "$3/bin/pip"',
+            "true",
+        )
+        return tmp_path
+
+    def make(self, checkout, *arguments):
+        """What Python was asked to do by one call of make."""
+        (checkout / "calls").write_text("")
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "VENV"))
+        }
+        subprocess.run(
+            ["make", f"PYTHON={checkout / 'fake_python'}", *arguments],
+            cwd=checkout,
+            env=environment,
+            capture_output=True,
+            check=True,
+        )
+        return (checkout / "calls").read_text().splitlines()
+
+    def change(self, checkout, name):
+        """Make one file newer than everything else, however coarse the clock."""
+        for path in checkout.rglob("*"):
+            os.utime(path, (0, 0))
+        (checkout / name).touch()
+
+    def test_first_call_installs_builds_and_runs_the_second_only_runs(self, checkout):
+        first = self.make(checkout, "test")
+        assert first == [
+            "-m venv .venv",
+            f"{self.INSTALL} torch ninja pybind11 setuptools",
+            f"{self.INSTALL} --no-build-isolation --editable .[train,test,bench]",
+            self.BUILD,
+            "-m pytest",
+        ]
+        assert self.make(checkout, "test") == ["-m pytest"]
+        assert self.make(checkout, "train") == ["-m train"]
+        assert self.make(checkout, "bench") == ["-m bench"]
+
+    def test_changed_source_is_built_and_changed_pins_are_installed(self, checkout):
+        self.make(checkout, "test")
+        self.change(checkout, "csrc/ops.cpp")
+        assert self.make(checkout, "test") == [self.BUILD, "-m pytest"]
+        self.change(checkout, "constraints.txt")
+        assert [call.split(" ")[1] for call in self.make(checkout, "test")] == ["pip", "pip", "pytest"]
+
+    def test_ambient_python_is_only_built_for(self, checkout):
+        assert self.make(checkout, "test", "VENV=") == [self.BUILD, "-m pytest"]
+        assert self.make(checkout, "test", "VENV=") == ["-m pytest"]
+        assert not (checkout / ".venv").exists()
+
+    def test_old_python_is_refused(self, checkout):
+        write_script(checkout / "fake_python", 'exec python3 -c "import sys; sys.version_info = (3, 9); $2"')
+        made = subprocess.run(
+            ["make", "test", "PYTHON=./fake_python"], cwd=checkout, capture_output=True, text=True
+        )
+        assert made.returncode == 2
+        assert "cbn_ext needs Python 3.10 or newer; ./fake_python is " in made.stderr
+
+    def test_missing_python_is_named(self, checkout):
+        made = subprocess.run(
+            ["make", "test", "PYTHON=no_python"], cwd=checkout, capture_output=True, text=True
+        )
+        assert made.returncode == 2
+        assert "cbn_ext needs Python 3.10 or newer; no_python was not found" in made.stderr
+
+    def test_help_lists_every_target(self):
+        listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert re.findall(r"^make (\w+)\t\S", listed, re.MULTILINE) == [
+            "help",
+            "train",
+            "test",
+            "bench",
+            "lint",
+        ]
+
+
+class TestPins:
+    def test_every_direct_dependency_is_pinned(self):
+        project = PYPROJECT["project"]
+        wanted = [*PYPROJECT["build-system"]["requires"], *project["dependencies"]]
+        wanted += [name for extra in project["optional-dependencies"].values() for name in extra]
+        names = {re.match(r"[\w-]+", requirement)[0] for requirement in wanted}
+        assert names - {"cbn_ext"} == set(PINS)
+
+    def test_linters_are_the_same_in_pre_commit(self):
+        hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+        versions = dict(re.findall(r"/(ruff|mirrors-clang-format)\S*\n\s+rev: v(\S+)", hooks))
+        assert versions == {"ruff": PINS["ruff"], "mirrors-clang-format": PINS["clang-format"]}
+
+    def test_torch_requirement_is_the_one_the_backend_asks_for(self):
+        assert PYPROJECT["project"]["dependencies"] == [host_torch.REQUIREMENT]

@@ -30,7 +30,7 @@ $(BIN)pip:
 # torch and the build tools first: then the package is built against this torch, by these tools.
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)pip
 	$(PIP_INSTALL) torch ninja pybind11 setuptools
-	$(PIP_INSTALL) --no-build-isolation --editable '.[train,test,bench]'
+	$(PIP_INSTALL) --no-build-isolation --editable '.[test]'
 	@touch $@
 
 $(LINTERS): constraints.txt | $(BIN)pip

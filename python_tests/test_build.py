@@ -316,7 +316,7 @@ class TestMake:
         assert first == [
             "-m venv .venv",
             f"{self.INSTALL} torch ninja pybind11 setuptools",
-            f"{self.INSTALL} --no-build-isolation --editable .[train,test,bench]",
+            f"{self.INSTALL} --no-build-isolation --editable .[test]",
             self.BUILD,
             "-m pytest",
         ]

@@ -29,10 +29,10 @@ def main(arguments: list[str]) -> None:
         folder = RunFolder(Path(options.resume))
         folder.require_run()
         # The run's own configuration is the default, so that an option given beside it is seen to differ.
-        config = config_of(parser, parser.parse_args(["--config", str(folder.config), *arguments]))
+        config = config_of(parser.parse_args(["--config", str(folder.config), *arguments]))
         folder.require_same(config)
     else:
-        config = resolve(config_of(parser, options))
+        config = resolve(config_of(options))
         name = "digits" if config.data.root is None else Path(config.data.root).resolve().name
         time = datetime.now().strftime("%Y%m%d-%H%M%S")
         folder = RunFolder(Path(options.out or f"runs/{name}-{config.norm}-{config.paths}-{time}"))

@@ -42,7 +42,7 @@ def run_row(
     """
     parser = build_parser()
     arguments = [f"--config={CONFIGS / row}.yaml", *options, f"--seed={seed}", f"--data.seed={seed}"]
-    config = resolve(config_of(parser, parser.parse_args(arguments)))
+    config = resolve(config_of(parser.parse_args(arguments)))
     begun = folder.config.exists()
     if begun:
         folder.require_same(config)

@@ -5,9 +5,10 @@ YAML file (``--config``) or on the command line.
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
+import torch
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
 
@@ -106,6 +107,8 @@ class Config:
         batch_size: Images in a step.
         seed: Seed of the initial weights, the order of the images and their augmentation.
         device: Where to train; auto takes the GPU if there is one.
+        threads: CPU threads, on whose number the last bits of a run depend. Not given: one for the digits,
+            whose batches are too small to be shared out, otherwise torch's choice.
         compound: The compound layers.
         data: The images.
         optimizer: The optimiser.
@@ -120,6 +123,7 @@ class Config:
     batch_size: PositiveInt = 64
     seed: NonNegativeInt = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: PositiveInt | None = None
     compound: CompoundConfig = field(default_factory=CompoundConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -136,15 +140,25 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def config_of(parser: ArgumentParser, options: Namespace) -> Config:
+def config_of(options: Namespace) -> Config:
     """The `Config` among the parsed options, as it was given."""
-    values = parser.instantiate_classes(options)
-    return Config(**{f.name: values[f.name] for f in fields(Config)})
+    return _build(Config, options.as_dict())
+
+
+def _build(kind: type, values: dict[str, Any]) -> Any:
+    """The dataclass `kind` with the values of the same names."""
+    arguments = {}
+    for f in fields(kind):
+        value = values[f.name]
+        # Through JSON, because the parser's restricted numbers are subclasses of int and float, which safe
+        # YAML files and safe checkpoints refuse.
+        arguments[f.name] = _build(f.type, value) if is_dataclass(f.type) else json.loads(json.dumps(value))
+    return kind(**arguments)
 
 
 def resolve(config: Config) -> Config:
-    """`config` with the choices made that depend on others: ``split``, and ``compound.affine_init`` for the
-    split path.
+    """`config` with every choice made that depends on others: ``split``, ``threads``, and, where there is a
+    split path, ``compound.affine_init``.
 
     Raises:
         UserError: the split path asked for where there is none; warm-up longer than the training.
@@ -164,19 +178,16 @@ def resolve(config: Config) -> Config:
     compound = config.compound
     if split and compound.affine_init is None:
         compound = replace(compound, affine_init="unit")
-    return replace(config, split=split, compound=compound)
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """`config` as nested dictionaries of plain values, as YAML files and checkpoints hold it."""
-    # The restricted numbers are subclasses of int and float, which safe YAML and safe checkpoints refuse.
-    return json.loads(json.dumps(asdict(config)))
+    threads = config.threads
+    if threads is None:
+        threads = 1 if config.data.root is None else torch.get_num_threads()
+    return replace(config, split=split, threads=threads, compound=compound)
 
 
 def differing_fields(
     first: dict[str, Any], second: dict[str, Any], prefix: str = ""
 ) -> list[tuple[str, Any, Any]]:
-    """Dotted name and both values of every field in which two configurations, as from `to_dict`, differ."""
+    """Dotted name and both values of every field in which two nested dictionaries differ."""
     differences = []
     for key in first | second:
         a, b = first.get(key), second.get(key)

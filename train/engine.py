@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor, nn
 
 from cbn_ext import CompoundBatchNorm2d, class_groups
-from train.config import Config, OptimizerConfig, to_dict
+from train.config import Config, OptimizerConfig
 from train.data import Data
 from train.data.labelled import Labelled
 from train.data.loaders import AugmentedImages, EpochBatches, training_loader
@@ -206,7 +206,7 @@ class Trainer:
         again.
         """
         state = {
-            "config": to_dict(self.config),
+            "config": asdict(self.config),
             "classes": self.data.classes,
             "counts": self.counts.tolist(),
             "mean": self.mean.flatten().tolist(),

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -101,12 +102,11 @@ def class_accuracies(classes: list[str], counts: Tensor, per_class: list[float])
     """A point for each class: test accuracy over training images."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     axes = figure.subplots()
-    accuracy = torch.tensor(per_class)
+    images, accuracy = counts.numpy(), np.array(per_class)
     for name, group in shot_groups(counts).items():
         if group.any():
-            axes.scatter(
-                counts[group], accuracy[group], s=60, color=GROUP_COLOURS[name], label=name, zorder=3
-            )
+            x, y = images[group.numpy()], accuracy[group.numpy()]
+            axes.scatter(x, y, s=60, color=GROUP_COLOURS[name], label=name, zorder=3)
     if len(classes) <= LABELLED_CLASSES:
         for name, count, value in zip(classes, counts.tolist(), per_class, strict=True):
             axes.annotate(
@@ -123,7 +123,7 @@ def confusion_plot(classes: list[str], confusion: Tensor) -> Figure:
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.subplots()
     fractions = confusion.double() / confusion.sum(dim=1, keepdim=True)
-    image = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(fractions.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, shrink=0.8)
     axes.set(xlabel="predicted class", ylabel="true class")
     if len(classes) <= LABELLED_CLASSES:
@@ -151,14 +151,16 @@ def feature_histograms(features: list[LayerFeatures]) -> Figure:
             low, high = layer.values[i].quantile(torch.tensor([0.001, 0.999])).tolist()
             margin = 0.1 * (high - low) + EPS
             limits = (low - margin, high + margin)
-            bars, *_ = axes.hist(layer.values[i], bins=80, range=limits, density=True, color="#ccd6de")
+            bars, *_ = axes.hist(
+                layer.values[i].numpy(), bins=80, range=limits, density=True, color="#ccd6de"
+            )
             x = torch.linspace(*limits, 400)
             density = mixture_density(layer, i, x)
             for m, curve in enumerate(density):
-                axes.plot(x, curve, color=PALETTE[m % len(PALETTE)], linewidth=1.5)
+                axes.plot(x.numpy(), curve.numpy(), color=PALETTE[m % len(PALETTE)], linewidth=1.5)
             mixture = density.sum(dim=0)
             if len(density) > 1:
-                axes.plot(x, mixture, color="black", linewidth=0.8)
+                axes.plot(x.numpy(), mixture.numpy(), color="black", linewidth=0.8)
             # A value that many pixels share, as an image's black border has, must not flatten the Gaussians.
             axes.set_ylim(0, 1.05 * min(bars.max(), 3 * float(mixture.max())))
             axes.set_title(f"{layer.layer}, channel {channel}", fontsize=9)

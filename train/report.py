@@ -3,13 +3,14 @@
 import base64
 import html
 import io
+from dataclasses import asdict
 from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from train.config import Config, to_dict
+from train.config import Config
 from train.data import Data
 from train.metrics import result_rows
 from train.plots import LayerFeatures, class_accuracies, confusion_plot, feature_histograms, learning_curves
@@ -100,7 +101,7 @@ def report_page(
             f"{len(classes)} classes, {int(counts.max())} to {int(counts.min())} a class"
         ),
         sections="\n".join(sections),
-        config=html.escape(yaml.safe_dump(to_dict(config), sort_keys=False)),
+        config=html.escape(yaml.safe_dump(asdict(config), sort_keys=False)),
     )
 
 

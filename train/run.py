@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +34,7 @@ def train(config: Config, folder: RunFolder, resume: bool, console: Console) -> 
     Raises:
         UserError: see `load_data`, `Trainer` and `RunFolder`.
     """
+    torch.set_num_threads(config.threads)
     data = load_data(config.data)
     trainer = Trainer(config, data, folder)
     if resume:

@@ -7,13 +7,14 @@ holds the metrics of all its epochs, from which metrics.jsonl is written anew on
 import io
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from train.config import Config, differing_fields, to_dict
+from train.config import Config, differing_fields
 from train.errors import UserError
 
 # How a run is carried out, not what it computes: these may change on resuming.
@@ -77,7 +78,7 @@ class RunFolder:
             raise UserError(f"cannot make the folder {self.path}: {error.strerror}") from error
         if occupied:
             raise UserError(f"{self.path} is not empty; --resume {self.path} goes on with the run in it")
-        write_atomically(self.config, yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+        write_atomically(self.config, yaml.safe_dump(asdict(config), sort_keys=False).encode())
 
     def require_run(self) -> None:
         """Check that a run was begun in the folder.
@@ -133,7 +134,7 @@ class RunFolder:
 def _require_same(config: Config, stored: dict[str, Any], path: Path) -> None:
     differences = [
         f"{name} is {a}, was {b}"
-        for name, a, b in differing_fields(to_dict(config), stored)
+        for name, a, b in differing_fields(asdict(config), stored)
         if name not in FREE_ON_RESUME
     ]
     if differences:

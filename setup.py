@@ -72,7 +72,7 @@ def stable_abi() -> dict:
     }
 
 
-CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-Wno-psabi"]
+CXX_FLAGS = ["-O3", "-g0", f"-ffile-prefix-map={Path.cwd()}/=", "-ffp-contract=fast", "-Wno-psabi"]
 HEADERS = str(Path("csrc").resolve())
 HOST = "csrc/host.cpp"
 

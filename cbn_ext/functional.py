@@ -45,7 +45,7 @@ def compound_batch_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool = False,
-    momentum: float | Tensor = 0.1,
+    momentum: float | Tensor | None = 0.1,
     eps: float = 1e-5,
     responsibility: str = "channel",
     detach_responsibility: bool = False,
@@ -59,7 +59,8 @@ def compound_batch_norm(
             then move, in place, towards the batch's. In training all three may be None: the start mixture then serves.
         weight, bias: γ and β (M, C), or None for 1 and 0. Of the input's dtype, or float32 for 16-bit inputs.
         training: normalise with the batch's statistics and update the running ones.
-        momentum: λ, the weight of the batch in the running statistics, a number or a one-element tensor.
+        momentum: λ, the weight of the batch in the running statistics, a number or a one-element tensor; None leaves
+            them as they are.
         eps: ε, added to every variance.
         responsibility: "channel", a mixture for each channel, or "joint", one over the channels of a point.
         detach_responsibility: treat the responsibilities as constants in the gradient, the classical EM reading.
@@ -87,6 +88,7 @@ def compound_batch_norm(
         running = start_mixture(num_components, input.shape[1], device=input.device, dtype=dtype)
         if responsibility == "joint":
             running = (running[0][:, 0], *running[1:])
+        momentum = None
     return _normalize(
         input, None, *running, weight, bias, training, momentum, eps, responsibility, detach_responsibility
     )
@@ -99,7 +101,7 @@ def split_batch_norm(
     running_var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    momentum: float | Tensor = 0.1,
+    momentum: float | Tensor | None = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
     """Normalise each group of images by itself, with the group's own affine pair (paper section 3.3, eqs 17-18).
@@ -111,7 +113,7 @@ def split_batch_norm(
         groups: component of each image (N,), integers from 0 to M − 1.
         running_mean, running_var: (M, C), updated in place for the groups that are present.
         weight, bias: γ and β (M, C), or None for 1 and 0.
-        momentum: λ, the weight of the batch in the running statistics.
+        momentum: λ, the weight of the batch in the running statistics; None leaves them as they are.
         eps: ε, added to every variance.
 
     Returns:
@@ -152,7 +154,7 @@ def _normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-    momentum: float | Tensor,
+    momentum: float | Tensor | None,
     eps: float,
     responsibility: str,
     detach_responsibility: bool,
@@ -160,14 +162,16 @@ def _normalize(
     _check(input, prior, mean, var, weight, bias, training, responsibility)
     dtype = reference.compute_dtype(input.dtype)
     native = _use_native(input, responsibility)
-    prior_used, mean_used, var_used, weight, bias = (
-        None if t is None else t.to(dtype) for t in (prior, mean, var, weight, bias)
-    )
+    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+    # Backward needs the running statistics of this moment, and they change below.
+    copies = _opaque_copies if training and torch.compiler.is_compiling() else _copies
+    mean_used, var_used, *prior_used = copies([mean, var] if prior is None else [mean, var, prior], dtype)
+    prior_used = prior_used[0] if prior_used else None
     y, *batch = _Normalize.apply(
         input, weight, bias, groups, prior_used, mean_used, var_used,
         training, eps, responsibility, detach_responsibility, native,
     )  # fmt: skip
-    if training:
+    if training and momentum is not None:
         with torch.no_grad():
             # The native update takes a number, and statistics of the dtype they were used in.
             native = native and not isinstance(momentum, Tensor) and mean.dtype == dtype
@@ -175,6 +179,19 @@ def _normalize(
             points = input.numel() // input.shape[1] if input.shape[1] else 0
             update(prior, mean, var, *batch, points, momentum)
     return y
+
+
+def _copies(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [t.to(dtype, copy=True) for t in tensors]
+
+
+# The same as an operator: a compiled backward pass would rather copy again, after the tensors changed.
+_opaque_copies = torch.library.custom_op("cbn_ext::copies", _copies, mutates_args=())
+
+
+@_opaque_copies.register_fake
+def _(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [torch.empty_like(t, dtype=dtype) for t in tensors]
 
 
 def _use_native(input: Tensor, responsibility: str) -> bool:
@@ -253,8 +270,6 @@ class _Normalize(torch.autograd.Function):
         _, *batch = output
         ctx.mark_non_differentiable(*batch)
         ctx.set_materialize_grads(False)
-        # The running statistics change in place after this call: what backward needs are today's.
-        prior, mean, var = (None if t is None else t.clone() for t in (prior, mean, var))
         ctx.save_for_backward(x, weight, bias, groups, prior, mean, var, *batch)
 
     @staticmethod

@@ -108,18 +108,16 @@ class _CompoundBatchNorm(nn.Module):
         if input.shape[1] != self.num_features:
             raise RuntimeError(f"expected an input of {self.num_features} channels, got {input.shape[1]}")
 
-        momentum = self.momentum
+        if self.track_running_stats:
+            running, momentum = self._running(), self.momentum
+        else:
+            # The E-step needs a mixture, and nothing is to be kept.
+            running, momentum = self._start_mixture(self.weight if self.affine else input), None
         if self.training and self.track_running_stats:
             self.num_batches_tracked.add_(1)
             if momentum is None:
                 # Cumulative average; a tensor, because reading the count would wait for the device.
                 momentum = 1.0 / self.num_batches_tracked.double()
-        if self.track_running_stats:
-            running = self._running()
-        else:
-            # The E-step needs a mixture: the start one, made anew so that what it is moved to is forgotten.
-            like = self.weight if self.affine else input
-            running, momentum = self._start_mixture(like), 0.0
 
         groups = current_groups()
         if self.training and groups is not None:
@@ -130,7 +128,7 @@ class _CompoundBatchNorm(nn.Module):
             self.weight,
             self.bias,
             self.training or not self.track_running_stats,
-            momentum if momentum is not None else 0.0,
+            momentum,
             self.eps,
             self.responsibility,
             self.detach_responsibility,

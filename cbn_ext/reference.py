@@ -99,10 +99,9 @@ def forward(
     Returns:
         The output like x, and the batch's mass, mean and biased variance, (M, C) each; three empty tensors in evaluation.
     """
-    empty = mean.new_empty(0)
     if x.numel() == 0:
-        unchanged = (torch.zeros_like(mean), mean.clone(), var.clone()) if training else (empty, empty, empty)
-        return x.clone(), *unchanged
+        batch = (torch.zeros_like(mean), mean.clone(), var.clone()) if training else _no_statistics(mean)
+        return x.clone(), *batch
     wide = x.to(compute_dtype(x.dtype))
     p = responsibilities(wide, groups, prior, mean, var, eps, responsibility)
     if detach_responsibility:
@@ -114,7 +113,11 @@ def forward(
     if bias is not None:
         branches = branches + _along_channels(bias, x)
     y = _like((p * branches).sum(0), x)
-    return (y, mass, mean, var) if training else (y, empty, empty, empty)
+    return (y, mass, mean, var) if training else (y, *_no_statistics(mean))
+
+
+def _no_statistics(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return like.new_empty(0), like.new_empty(0), like.new_empty(0)
 
 
 def backward(
@@ -204,7 +207,10 @@ def update_running(
 
 def _like(result: Tensor, x: Tensor) -> Tensor:
     """`result` in x's dtype and layout: channels_last where x is, else contiguous."""
-    result = result.to(x.dtype)
+    # Each step only where it changes something: torch.compile (2.11) loses the gradient of an autograd.Function's output
+    # that is the very tensor another step of its forward gave.
+    if result.dtype != x.dtype:
+        result = result.to(x.dtype)
     if not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
-        return result.movedim(1, -1).contiguous().movedim(-1, 1)
-    return result.contiguous()
+        return result if result.movedim(1, -1).is_contiguous() else result.movedim(1, -1).contiguous().movedim(-1, 1)
+    return result if result.is_contiguous() else result.contiguous()

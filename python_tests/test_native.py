@@ -1,0 +1,340 @@
+"""The native CPU operators: results, opcheck, memory formats without copies, threads, instruction sets, huge tensors."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import oracle
+import pytest
+import torch
+from cases import EPS, MOMENTUM, NATIVE_CASES, Case, assert_results, expected, run
+from tolerances import assert_close
+from torch.profiler import ProfilerActivity, profile
+
+import cbn_ext
+from cbn_ext import compound_batch_norm
+
+OPS = torch.ops.cbn_ext
+
+
+@pytest.fixture(autouse=True)
+def _native():
+    with cbn_ext.use_backend("native"):
+        yield
+
+
+@pytest.mark.parametrize("case", NATIVE_CASES, ids=str)
+def test_matches_oracle(case):
+    assert_results(run(case, "native"), expected(case), case)
+
+
+@pytest.mark.parametrize("case", NATIVE_CASES, ids=str)
+def test_matches_reference(case):
+    assert_results(run(case, "native"), run(case, "reference"), case, storage_roundings=2)
+
+
+@pytest.mark.parametrize("components", range(1, 17))
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_every_number_of_components(components, layout, training):
+    case = Case((3, 20, 5, 7), components, training=training, layout=layout)
+    assert_results(run(case, "native"), expected(case), case)
+
+
+# --- the operators themselves
+
+
+def forward_arguments(case):
+    x, _, groups, prior, mean, var, weight, bias = case.arguments()
+    return x, groups, None if groups is not None else prior, mean, var, weight, bias, case.training, EPS
+
+
+def backward_arguments(case):
+    x, groups, prior, mean, var, weight, bias, training, eps = forward_arguments(case)
+    _, *batch = OPS.forward(x, groups, prior, mean, var, weight, bias, training, eps)
+    grad = case.arguments().grad
+    return grad, x, groups, prior, mean, var, *batch, weight, bias, training, case.detach, eps
+
+
+OPCHECK_CASES = [
+    Case(),
+    Case(training=False),
+    Case(mode="split"),
+    Case(components=3, detach=True),
+    Case(components=1, affine=False, dtype=torch.float64),
+    Case(dtype=torch.bfloat16, layout="channels_last"),
+    Case(dtype=torch.float16, layout="sliced"),
+    Case(shape=(2, 3, 3, 4, 5), layout="channels_last", grad_layout="contiguous"),
+    Case(shape=(5, 3, 7), layout="channels_last"),
+    Case(shape=(19, 3), layout="channels_last"),
+    Case(layout="expanded"),
+    Case(layout="transposed"),
+    Case(shape=(0, 3, 4, 4)),
+]
+
+
+@pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
+def test_opcheck_forward(case):
+    torch.library.opcheck(OPS.forward.default, forward_arguments(case))
+
+
+@pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
+def test_opcheck_backward(case):
+    torch.library.opcheck(OPS.backward.default, backward_arguments(case))
+
+
+@pytest.mark.parametrize("mode", ["channel", "split"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_opcheck_update_running(mode, dtype):
+    x, _, prior, mean, var, *_ = arguments = forward_arguments(Case(mode=mode, dtype=dtype))
+    _, *batch = OPS.forward(*arguments)
+    points = x.numel() // x.shape[1]
+    torch.library.opcheck(OPS.update_running.default, (prior, mean, var, *batch, points, MOMENTUM))
+
+
+@pytest.mark.parametrize("case", [c for c in OPCHECK_CASES if c.training and c.shape[0]], ids=str)
+def test_forward_returns_the_batch_statistics(case):
+    x, groups, prior, mean, var, *_ = arguments = forward_arguments(case)
+    y, mass, batch_mean, batch_var = OPS.forward(*arguments)
+    step = oracle.train_step(x, prior, mean, var, *arguments[5:7], groups=groups, eps=EPS)
+    assert_close(y, step.y, "output", case.dtype)
+    assert_close(mass, step.mass, "statistics", case.dtype)
+    assert_close(batch_var, step.var, "statistics", case.dtype)
+    # A mean has the error of the deviations it averages, also where it is zero itself.
+    deviation = step.var.sqrt()
+    assert_close(1 + batch_mean / deviation, 1 + step.mean / deviation, "statistics", case.dtype)
+
+
+def test_evaluation_returns_no_statistics():
+    _, *batch = OPS.forward(*forward_arguments(Case(training=False)))
+    assert [t.shape for t in batch] == [(0,)] * 3
+
+
+def test_inputs_are_not_changed():
+    case = Case(mode="split")
+    arguments = backward_arguments(case)
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    OPS.backward(*arguments)
+    for now, then in zip(arguments, before, strict=True):
+        assert torch.equal(now, then) if isinstance(now, torch.Tensor) else now == then
+
+
+@pytest.mark.parametrize(
+    ("position", "wrong", "message"),
+    [
+        (0, torch.ones(4, 5, 6, 7, dtype=torch.int32), "float32.*[Ii]nt"),
+        (0, torch.ones(5), r"\(5\)"),
+        (1, torch.zeros(3, dtype=torch.int64), r"\(4\).*\(3\)"),
+        (1, torch.zeros(4), "int64.*[Ff]loat"),
+        (2, None, "prior"),
+        (3, torch.zeros(17, 5), r"16.*\(17, 5\)"),
+        (3, torch.zeros(5), r"\(5\)"),
+        (4, torch.ones(4, 6), r"var.*\(4, 5\).*\(4, 6\)"),
+        (4, torch.ones(4, 5, dtype=torch.float64), "var.*[Ff]loat.*[Dd]ouble"),
+        (5, torch.ones(3, 5), r"weight.*\(4, 5\).*\(3, 5\)"),
+        (6, torch.ones(4, 5, dtype=torch.float16), "bias.*[Ff]loat.*[Hh]alf"),
+    ],
+)
+def test_forward_refuses_what_does_not_fit(position, wrong, message):
+    """Also when called directly: a wrong shape must not become a read out of bounds."""
+    arguments = list(forward_arguments(Case()))
+    arguments[position] = wrong
+    with pytest.raises(RuntimeError, match=f"(?s){message}"):
+        OPS.forward(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("position", "wrong", "message"),
+    [
+        (0, torch.ones(4, 5, 6, 8), r"grad.*\(4, 5, 6, 7\).*\(4, 5, 6, 8\)"),
+        (0, torch.ones(4, 5, 6, 7, dtype=torch.float64), "grad.*[Ff]loat.*[Dd]ouble"),
+        (6, torch.ones(3, 5), r"batch_mass.*\(4, 5\).*\(3, 5\)"),
+        (7, torch.ones(4, 6), r"batch_mean.*\(4, 5\).*\(4, 6\)"),
+        (8, torch.ones(4, 5, dtype=torch.float64), "batch_var.*[Ff]loat.*[Dd]ouble"),
+    ],
+)
+def test_backward_refuses_what_does_not_fit(position, wrong, message):
+    arguments = list(backward_arguments(Case()))
+    arguments[position] = wrong
+    with pytest.raises(RuntimeError, match=f"(?s){message}"):
+        OPS.backward(*arguments)
+
+
+@pytest.mark.parametrize(("position", "name"), [(0, "prior"), (2, "var"), (3, "batch_mass"), (4, "batch_mean"), (5, "batch_var")])
+def test_update_refuses_what_does_not_fit(position, name):
+    arguments = [torch.ones(4, 5) for _ in range(6)]
+    arguments[position] = torch.ones(4, 6)
+    with pytest.raises(RuntimeError, match=rf"{name}.*\(4, 5\).*\(4, 6\)"):
+        OPS.update_running(*arguments, 10, MOMENTUM)
+
+
+def test_joint_mode_is_refused_by_name():
+    """Asked for the native operator, one is not given the reference silently; "auto" chooses by itself."""
+    x, _, _, *running, weight, bias = Case(mode="joint").arguments()
+    with pytest.raises(NotImplementedError, match="native.*joint"):
+        compound_batch_norm(x, *running, weight, bias, responsibility="joint")
+    with cbn_ext.use_backend("auto"):
+        assert compound_batch_norm(x, *running, weight, bias, responsibility="joint").shape == x.shape
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "memory_format"),
+    [
+        ((8, 16, 24, 24), torch.contiguous_format),
+        ((8, 16, 24, 24), torch.channels_last),
+        ((4, 16, 4, 12, 24), torch.contiguous_format),
+        ((4, 16, 4, 12, 24), torch.channels_last_3d),
+    ],
+)
+@pytest.mark.parametrize("mode", ["channel", "split"])
+def test_no_copy_of_the_input(dtype, shape, memory_format, mode):
+    """Neither contiguous nor channels_last inputs, nor their gradients, are copied or converted, in any dtype."""
+    x = torch.randn(shape).to(dtype, memory_format=memory_format).requires_grad_()
+    grad = torch.randn(shape).to(dtype, memory_format=memory_format)
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    layer = {4: cbn_ext.CompoundBatchNorm2d, 5: cbn_ext.CompoundBatchNorm3d}[x.ndim](16, dtype=state)
+    groups = torch.arange(shape[0]) % 4
+
+    def step():
+        if mode == "split":
+            with cbn_ext.split_path(groups):
+                layer(x).backward(grad)
+        else:
+            layer(x).backward(grad)
+
+    step()
+    x.grad = None
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as profiler:
+        step()
+    copies = [e for e in profiler.events() if e.name == "aten::copy_" and list(shape) in e.input_shapes]
+    assert not copies
+    # Nothing else of the input's size is allocated but the output and the gradient of x.
+    size = x.numel() * x.element_size()
+    large = [e for e in profiler.events() if e.self_cpu_memory_usage >= size // 2]
+    assert sum(e.self_cpu_memory_usage for e in large) <= 2 * size + 4096
+
+
+# --- repeatability
+
+DETERMINISM_CASES = [
+    Case((16, 8, 56, 56), 4),
+    Case((16, 8, 56, 56), 4, layout="channels_last"),
+    Case((64, 3, 33, 31), 3, layout="channels_last", dtype=torch.bfloat16),
+    Case((1, 1, 300, 301), 2),
+    Case((16, 8, 28, 28), 4, "split"),
+    Case((4096, 5), 4),
+    Case((16, 8, 56, 56), 4, training=False),
+]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", DETERMINISM_CASES, ids=str)
+def test_bitwise_repeatable(case, threads):
+    """The same bits again, and for one, two and three threads: sums are cut by shape and merged in order."""
+    first = run(case, "native")
+    for count in (1, 2, 3, 2):
+        threads(count)
+        for again, then in zip(run(case, "native"), first, strict=True):
+            assert (again is None and then is None) or torch.equal(again, then)
+
+
+# --- instruction sets
+
+# What this processor has, as torch sees it.
+CAPABILITIES = {"DEFAULT": ["baseline"], "AVX2": ["baseline", "avx2"]}.get(
+    torch.backends.cpu.get_cpu_capability(), ["baseline", "avx2", "avx512"]
+)
+
+RUN_ALL = """
+import sys, torch
+from cases import NATIVE_CASES, run
+import cbn_ext
+torch.save((cbn_ext.build_info()["isa"], [tuple(run(case, "native")) for case in NATIVE_CASES]), sys.argv[1])
+"""
+
+
+def in_process(code, capability, *arguments):
+    environment = {**os.environ, "CBN_CPU_CAPABILITY": capability}
+    roots = [str(Path(cbn_ext.__file__).parents[1]), str(Path(cases.__file__).parent)]
+    environment["PYTHONPATH"] = os.pathsep.join([*roots, environment.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_instruction_set_matches_the_oracle(capability, tmp_path):
+    """On the whole case table, in a process that is held to this instruction set."""
+    file = tmp_path / "results.pt"
+    process = in_process(RUN_ALL, capability, str(file))
+    assert process.returncode == 0, process.stderr
+    used, results = torch.load(file)
+    assert used == capability
+    for case, result in zip(NATIVE_CASES, results, strict=True):
+        assert_results(cases.Results(*result), expected(case), case)
+
+
+def test_unknown_instruction_set_is_refused():
+    process = in_process("import cbn_ext; cbn_ext.CompoundBatchNorm1d(2)(__import__('torch').randn(3, 2))", "sse9")
+    assert process.returncode != 0 and "CBN_CPU_CAPABILITY" in process.stderr and "sse9" in process.stderr
+
+
+# --- huge
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_more_than_two_to_the_31_bytes(layout):
+    """Three images are repeated and a fourth put at the end: the oracle needs these four, with their multiplicities.
+
+    An image has an odd size, so that an offset that wrapped around would find other values.
+    """
+    copies, size = 200, (3, 547, 547)
+    images = torch.randn(4, *size) * torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1) + 1
+    images[3] = 3 * images[3] - 4
+    times = torch.tensor([copies, copies, copies, 1.0], dtype=torch.float64).view(4, 1, 1, 1)
+    prior, mean, var, weight, bias = (
+        torch.tensor(pair).view(2, 1).repeat(1, 3)
+        for pair in ([0.4, 0.6], [0.5, 1.5], [1.0, 2.0], [1.0, -0.5], [0.0, 1.0])
+    )
+
+    exact = images.double().requires_grad_()
+    p = oracle.posterior(exact, *oracle.double(prior, mean, var), EPS)
+    mass, batch_mean, batch_var = oracle.moments(exact, times * p)
+    wanted = oracle.combine(exact, p, batch_mean, batch_var, *oracle.double(weight, bias), EPS)
+    wanted_grad = torch.autograd.grad(wanted, exact, times * exact.detach())[0] / times
+    wanted = wanted.detach()
+    del p
+
+    count = 3 * copies + 1
+    x = torch.empty(count, *size)
+    if layout == "channels_last":
+        x = torch.empty(count, *size[1:], size[0]).movedim(3, 1)
+    x[:-1].unflatten(0, (copies, 3))[:] = images[:3]
+    x[-1] = images[3]
+    assert x.numel() * x.element_size() > 2**31
+    x.requires_grad_()
+
+    def assert_images_close(result, wanted, quantity):
+        for first, kinds in ((0, [0, 1, 2]), (3 * copies // 2, [0, 1, 2]), (count - 3, [1, 2, 3])):
+            assert_close(result[first : first + 3], wanted[kinds], quantity, x.dtype)
+
+    y = compound_batch_norm(x, prior, mean, var, weight, bias, training=True, momentum=1.0)
+    assert_close(prior, (mass / mass.sum(0)).detach(), "statistics", x.dtype)
+    assert_close(mean, batch_mean, "statistics", x.dtype)
+    assert_close(var, batch_var * mass / (mass - 1), "statistics", x.dtype)
+    assert_images_close(y.detach(), wanted, "output")
+    output = torch.autograd.graph.get_gradient_edge(y)
+    del y  # its memory is the gradient's
+    assert_images_close(torch.autograd.grad(output, x, x.detach())[0], wanted_grad, "grad_input")

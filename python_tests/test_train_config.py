@@ -28,7 +28,7 @@ def test_a_command_line_overrides_a_file(tmp_path):
     file.write_text("norm: batch\nepochs: 7\ndata:\n  ratio: 50\n")
     config = parse("--config", str(file), "--epochs", "5", "--paths", "single", "--data.root", "X")
     assert (config.norm, config.paths, config.epochs) == ("batch", "single", 5)
-    assert (config.data.ratio, config.data.root) == (50, "X")
+    assert (config.data.ratio, config.data.root) == (50, str(Path("X").resolve()))
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)

@@ -70,6 +70,20 @@ def test_validation_at_extreme_fractions(fraction):
     assert torch.bincount(labels[validation]).min() >= 1
 
 
+def test_validation_needs_a_class_of_two():
+    with pytest.raises(UserError, match="every class has one training image"):
+        split_validation(torch.arange(5), 0.1, seed=0)
+
+
+def test_channel_statistics():
+    images = torch.randint(0, 256, (20, 3, 5, 7), dtype=torch.uint8)
+    images[:, 1] //= 4
+    mean, std = Labelled(images, torch.zeros(20)).channel_statistics()
+    pixels = images.double() / 255
+    torch.testing.assert_close(mean, pixels.mean(dim=(0, 2, 3)).float())
+    torch.testing.assert_close(std, pixels.std(dim=(0, 2, 3), correction=0).float())
+
+
 def test_digits():
     data = load_data(DataConfig())
     assert data.counts.tolist() == [120, 86, 61, 44, 31, 22, 16, 11, 8, 6]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from cbn_ext import CompoundBatchNorm2d
 from train.__main__ import main
@@ -271,6 +272,20 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_image_folder_with_a_bracketed_name_resumed_elsewhere(tmp_path, monkeypatch, capsys):
+    for split, count in (("train", 4), ("test", 1)):
+        for name in ("[a]", "[b]"):
+            (tmp_path / "[bold]" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(tmp_path / "[bold]" / split / name / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    main(["--data.root=[bold]", "--data.ratio=2", "--epochs=1", "--compound.num_components=2", "--out=run"])
+    monkeypatch.chdir(tmp_path / "run")
+    main(["--resume=."])
+    assert capsys.readouterr().out.count("[bold]: 6 training images of 2 classes, 4 to 2 a class") == 2
+
+
 def test_loss_that_is_not_finite(tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(UserError, match="the loss is nan in epoch 1; try a lower"):
@@ -313,7 +328,9 @@ def test_user_errors_leave_no_traceback(tmp_path):
         command("--data.root=nowhere"), cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("error: data.root: there is no folder nowhere/train")
+    assert result.stderr.splitlines()[-1].startswith(
+        f"error: data.root: there is no folder {ROOT}/nowhere/train"
+    )
     assert "Traceback" not in result.stderr
 
 

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
         folder.require_same(config)
     else:
         config = resolve(config_of(options))
-        name = "digits" if config.data.root is None else Path(config.data.root).resolve().name
+        name = "digits" if config.data.root is None else Path(config.data.root).name
         time = datetime.now().strftime("%Y%m%d-%H%M%S")
         folder = RunFolder(Path(options.out or f"runs/{name}-{config.norm}-{config.paths}-{time}"))
     train(config, folder, resume=options.resume is not None, console=Console())

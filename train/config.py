@@ -6,6 +6,7 @@ YAML file (``--config``) or on the command line.
 
 import json
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -99,7 +100,8 @@ class Config:
 
     Args:
         norm: Normalization layers of the network: nn.BatchNorm2d or CompoundBatchNorm2d.
-        paths: Learn through one path, or through two with the consistency term (dual-path learning).
+        paths: Learn through one path, from the strong views, or through two, with the weak views and the
+            consistency term besides (dual-path learning).
         split: Whether the second path normalises each class group apart. Not given: with norm compound, paths
             dual.
         depth: Layers of the CIFAR ResNet.
@@ -157,8 +159,8 @@ def _build(kind: type, values: dict[str, Any]) -> Any:
 
 
 def resolve(config: Config) -> Config:
-    """`config` with every choice made that depends on others: ``split``, ``threads``, and, where there is a
-    split path, ``compound.affine_init``.
+    """`config` with every choice made that depends on others: ``split``, ``threads``, where there is a split
+    path ``compound.affine_init``, and an absolute ``data.root``.
 
     Raises:
         UserError: the split path asked for where there is none; warm-up longer than the training.
@@ -178,10 +180,12 @@ def resolve(config: Config) -> Config:
     compound = config.compound
     if split and compound.affine_init is None:
         compound = replace(compound, affine_init="unit")
-    threads = config.threads
+    data, threads = config.data, config.threads
+    if data.root is not None:
+        data = replace(data, root=str(Path(data.root).resolve()))  # a run may be resumed from another folder
     if threads is None:
-        threads = 1 if config.data.root is None else torch.get_num_threads()
-    return replace(config, split=split, threads=threads, compound=compound)
+        threads = 1 if data.root is None else torch.get_num_threads()
+    return replace(config, split=split, threads=threads, compound=compound, data=data)
 
 
 def differing_fields(

@@ -95,9 +95,8 @@ class Trainer:
         self.batches = EpochBatches(len(data.train.labels), config.batch_size, config.seed)
         self.loader = training_loader(images, self.batches, config.data.workers, self.device.type == "cuda")
 
-        pixels = data.train.images.double() / 255
-        self.mean = pixels.mean(dim=(0, 2, 3), keepdim=True).float().to(self.device)
-        self.std = pixels.std(dim=(0, 2, 3), keepdim=True).float().to(self.device)
+        mean, std = data.train.channel_statistics()
+        self.mean, self.std = (s.view(1, -1, 1, 1).to(self.device) for s in (mean, std))
         self.history: list[dict[str, Any]] = []
 
     def normalize(self, images: Tensor) -> Tensor:

@@ -43,16 +43,20 @@ def summarize(confusion: Tensor, counts: Tensor, classes: list[str]) -> dict[str
     per_class = class_accuracy(confusion)
     worst = int(per_class.argmin())
     groups = {
-        name: float(right[group].sum() / total[group].sum()) if group.any() else None
+        name: _fraction(right[group], total[group]) if group.any() else None
         for name, group in shot_groups(counts).items()
     }
     return {
-        "overall": float(right.sum() / total.sum()),
+        "overall": _fraction(right, total),
         **groups,
         "worst": float(per_class[worst]),
         "worst_class": classes[worst],
         "per_class": per_class.tolist(),
     }
+
+
+def _fraction(right: Tensor, total: Tensor) -> float:
+    return int(right.sum()) / int(total.sum())
 
 
 def balanced_accuracy(confusion: Tensor) -> float:

@@ -114,22 +114,22 @@ def class_accuracies(classes: list[str], counts: Tensor, per_class: list[float])
             )
     axes.set(xscale="log", xlabel="training images of the class", ylabel="test accuracy", ylim=(-0.03, 1.1))
     _tidy(axes)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside right upper")
     return figure
 
 
 def confusion_plot(classes: list[str], confusion: Tensor) -> Figure:
     """The confusion matrix, rows scaled to 1."""
-    figure = Figure(figsize=(7, 6), layout="constrained")
+    figure = Figure(figsize=(8, 6.4), layout="constrained")
     axes = figure.subplots()
     fractions = confusion.double() / confusion.sum(dim=1, keepdim=True)
     image = axes.imshow(fractions.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, shrink=0.8)
     axes.set(xlabel="predicted class", ylabel="true class")
     if len(classes) <= LABELLED_CLASSES:
-        rotation = 45 if max(map(len, classes)) > 2 else 0
-        axes.set_xticks(range(len(classes)), classes, rotation=rotation)
-        axes.set_yticks(range(len(classes)), classes)
+        slant = {"rotation": 45, "ha": "right"} if max(map(len, classes)) > 2 else {}
+        axes.set_xticks(range(len(classes)), classes, fontsize=9, **slant)
+        axes.set_yticks(range(len(classes)), classes, fontsize=9)
         for i, j in confusion.nonzero().tolist():
             colour = "white" if fractions[i, j] > 0.5 else INK
             axes.text(j, i, int(confusion[i, j]), ha="center", va="center", color=colour, fontsize=8)

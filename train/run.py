@@ -1,5 +1,6 @@
 """A whole run: read the images, train, test, report."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,18 +46,23 @@ def train(config: Config, folder: RunFolder, resume: bool, console: Console) -> 
     _describe(trainer, console)
     trainer.fit(console)
     final, confusion = trainer.test()
-    features = layer_features(trainer.model, trainer.normalize(data.train.images[:FEATURE_IMAGES]))
+    # Of every class, because an image folder's images are sorted by class.
+    some = data.train.images[:: -(-len(data.train.images) // FEATURE_IMAGES)]
+    features = layer_features(trainer.model, trainer.normalize(some))
     page = report_page(config, data, trainer.history, final, confusion, features)
     write_atomically(folder.report, page.encode())
     console.print(_table(final))
-    console.print(f"report: {folder.report}")
+    console.print(f"report: {folder.report}", markup=False, soft_wrap=True)
     return final
 
 
 def _describe(trainer: Trainer, console: Console) -> None:
     config, data, counts = trainer.config, trainer.data, trainer.data.counts
-    console.print(
-        f"[bold]{data.name}[/bold]: {int(counts.sum())} training images of {len(data.classes)} classes, "
+    say = partial(
+        console.print, markup=False, soft_wrap=True
+    )  # names may hold brackets; paths are to be copied
+    say(
+        f"{data.name}: {int(counts.sum())} training images of {len(data.classes)} classes, "
         f"{int(counts.max())} to {int(counts.min())} a class; {len(data.validation.labels)} of them "
         f"validate; {len(data.test.labels)} test images"
     )
@@ -67,13 +73,13 @@ def _describe(trainer: Trainer, console: Console) -> None:
     paths = {"single": "one path", "dual": "two paths"}[config.paths] + (
         ", one of them split" if config.split else ""
     )
-    console.print(
-        f"[bold]ResNet-{config.depth}[/bold] with {norm}, {parameters / 1e6:.2f} M parameters; {paths}; "
+    say(
+        f"ResNet-{config.depth} with {norm}, {parameters / 1e6:.2f} M parameters; {paths}; "
         f"on {trainer.device}"
     )
-    console.print(f"run in {trainer.folder.path}")
+    say(f"run in {trainer.folder.path}")
     if trainer.history:
-        console.print(f"resumed after epoch {len(trainer.history)}")
+        say(f"resumed after epoch {len(trainer.history)}")
 
 
 def _table(final: dict[str, Any]) -> Table:

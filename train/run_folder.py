@@ -121,9 +121,10 @@ class RunFolder:
         """
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            stored = state["config"]
         except Exception as error:  # torch.load raises whatever the damage leads to
             raise UserError(f"cannot read the checkpoint {path}: {error}") from error
-        _require_same(config, state["config"], path)
+        _require_same(config, stored, path)
         return state
 
     def write_metrics(self, records: list[dict[str, Any]]) -> None:

@@ -71,19 +71,35 @@ struct VectorMath {
   CBN_INLINE V reciprocal(V x) { return static_cast<S>(1) / x; }
   CBN_INLINE V max(V a, V b) { return a < b ? b : a; }
 
-  // 2^x for x below the largest exponent; below the smallest normal number, that number. NaN stays NaN.
+  // 2^x for x below the largest exponent; below the smallest, at most the smallest normal number. NaN stays NaN.
   CBN_INLINE V exp2(V x) {
+#if CBN_VECTOR_BYTES == 64
+    const V f = fraction(x);
+    return scale(polynomial(f), x - f);
+#else
     using E = Exp2<S>;
     using Ints = typename VectorType<typename E::Int, kLanes>::type;
-    constexpr int kDegree = sizeof(E::kPolynomial) / sizeof(S) - 1;
     x = x < E::kLowest ? splat(E::kLowest) : x;
     const V rounded = x + E::kRound;
-    const V f = x - (rounded - E::kRound);
-    V y = splat(E::kPolynomial[kDegree]);
-    CBN_UNROLL
-    for (int k = kDegree - 1; k >= 0; --k) y = y * f + E::kPolynomial[k];
-    return y * bits<V>(bits<Ints>(rounded) << E::kMantissa);
+    return polynomial(x - (rounded - E::kRound)) * bits<V>(bits<Ints>(rounded) << E::kMantissa);
+#endif
   }
+
+  CBN_INLINE V polynomial(V f) {
+    constexpr int kDegree = sizeof(Exp2<S>::kPolynomial) / sizeof(S) - 1;
+    V y = splat(Exp2<S>::kPolynomial[kDegree]);
+    CBN_UNROLL
+    for (int k = kDegree - 1; k >= 0; --k) y = y * f + Exp2<S>::kPolynomial[k];
+    return y;
+  }
+
+#if CBN_VECTOR_BYTES == 64
+  // AVX-512 has both in one instruction: x less the nearest integer, and y 2^n for an integer n.
+  CBN_INLINE __m512 fraction(__m512 x) { return _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT); }
+  CBN_INLINE __m512d fraction(__m512d x) { return _mm512_maskz_reduce_pd(0xff, x, _MM_FROUND_TO_NEAREST_INT); }
+  CBN_INLINE __m512 scale(__m512 y, __m512 n) { return _mm512_maskz_scalef_ps(0xffff, y, n); }
+  CBN_INLINE __m512d scale(__m512d y, __m512d n) { return _mm512_maskz_scalef_pd(0xff, y, n); }
+#endif
 };
 
 // Lanes of the scalar S in one register.

@@ -96,6 +96,7 @@ def test_page_escapes_names_and_holds_pictures():
     page = report_page(Config(), data, history, final, confusion, features)
     assert "<i>" not in page and "&lt;i&gt;" in page
     assert "<td>76.7%</td>" in page and "50.0% (class c)" in page
+    assert "<th>few (&lt; 20)</th>" in page
     pictures = re.findall(r"base64,([^\"]+)", page)
     assert len(pictures) == 4
     for picture in pictures:

@@ -110,7 +110,7 @@ def _table(final: dict[str, Any]) -> str:
     best = final["best"]["epoch"]
     header = f"<tr><th></th><th>last epoch</th><th>best on validation (epoch {best})</th></tr>"
     body = "".join(
-        f"<tr><th>{name}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
         for name, *cells in result_rows(final)
     )
     return f"<table>{header}{body}</table>"

@@ -11,13 +11,17 @@ from torch import Tensor
 
 #: Floor of the prior inside the logarithm: a component that lost its mass can come back.
 PRIOR_FLOOR = 1e-6
-#: A component whose mass in the batch is below this has no batch statistics.
-MASS_FLOOR = 1e-30
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and arithmetic for inputs of `dtype`: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _is_absent(mass: Tensor) -> Tensor:
+    """Which components have no mass in the batch, and so no statistics of it; NaN mass is not absent."""
+    # Not a named constant: torch.compile with dynamic shapes (2.11) trips over a global float.
+    return mass < 1e-30
 
 
 def _along_channels(statistic: Tensor, x: Tensor) -> Tensor:
@@ -64,8 +68,7 @@ def batch_statistics(x: Tensor, p: Tensor, mean: Tensor, var: Tensor) -> tuple[T
     # In joint and split mode p does not vary over all of (N, C, ...): its sum is scaled to the points it stands for.
     mass = p.sum(dims) * (points / (p.numel() // (p.shape[0] * p.shape[2])))
     mass = mass.expand(mean.shape)
-    # NaN mass (NaN input) must not look absent: the statistics then are NaN, as batch normalization's.
-    absent = mass < MASS_FLOOR
+    absent = _is_absent(mass)
     inverse_mass = torch.where(absent, 1.0, mass).reciprocal()
     batch_mean = (p * deviation).sum(dims) * inverse_mass
     centered = deviation - _along_channels(batch_mean, x)
@@ -159,7 +162,8 @@ def backward(
         f = f + g * _along_channels(bias, x)
     slope = g * _along_channels(scale, x)
     if training:
-        inverse_mass = torch.where(mass < MASS_FLOOR, 0.0, mass.clamp_min(MASS_FLOOR).reciprocal())
+        absent = _is_absent(mass)
+        inverse_mass = torch.where(absent, 0.0, torch.where(absent, 1.0, mass).reciprocal())
         by_mean = _along_channels(-scale * grad_bias * inverse_mass, x)
         by_var = _along_channels(-0.5 * r * scale * grad_weight * inverse_mass, x)
         f = f + by_mean * deviation + by_var * (deviation.square() - _along_channels(used_var, x))
@@ -193,7 +197,7 @@ def update_running(
     """
     if points == 0:
         return
-    absent = mass < MASS_FLOOR
+    absent = _is_absent(mass)
     unbiased = batch_var * (mass / (mass - 1).clamp_min(1))
     targets = [(mean, batch_mean, absent), (var, unbiased, absent)]
     if prior is not None:

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -206,18 +207,20 @@ class TestCompiler:
         assert not list(tmp_path.iterdir())
 
 
+def install_torch(packages, version):
+    """Put a package into this folder that says it is this version of torch."""
+    (packages / "torch").mkdir(parents=True)
+    (packages / "torch" / "__init__.py").touch()
+    information = packages / f"torch-{version}.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+
+
 def make_environment(folder, torch_version=None):
-    """A virtual environment, with a package that says it is this version of torch."""
+    """A virtual environment, with such a torch where a version is given; its interpreter."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     if torch_version:
-        packages = next(folder.glob("lib/python*/site-packages"))
-        (packages / "torch").mkdir()
-        (packages / "torch" / "__init__.py").write_text(f"__version__ = {torch_version!r}\n")
-        information = packages / f"torch-{torch_version}.dist-info"
-        information.mkdir()
-        (information / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: torch\nVersion: {torch_version}\n"
-        )
+        install_torch(next(folder.glob("lib/python*/site-packages")), torch_version)
     return folder / "bin" / "python"
 
 
@@ -237,9 +240,19 @@ class TestHostTorch:
         assert (torch.version if torch else None) == (installed if found else None)
 
     def test_the_isolated_environment_does_not_count(self, tmp_path, monkeypatch):
-        make_environment(tmp_path / "other", "9.9.9")
-        monkeypatch.setenv("PYTHONPATH", str(next(tmp_path.glob("other/lib/python*/site-packages"))))
+        install_torch(tmp_path / "overlay", "9.9.9")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "overlay"))
         assert host_torch.find(str(make_environment(tmp_path / "env"))) is None
+
+    def test_user_site_counts(self, tmp_path, monkeypatch):
+        """pip hides the user's own packages from an isolated build by PYTHONNOUSERSITE."""
+        packages = sysconfig.get_path("purelib", "posix_user", {"userbase": str(tmp_path)})
+        install_torch(Path(packages), "9.9.9")
+        monkeypatch.setenv("PYTHONUSERBASE", str(tmp_path))
+        monkeypatch.setenv("PYTHONNOUSERSITE", "1")
+        found = host_torch.find(sys._base_executable)
+        assert found.version == "9.9.9"
+        assert packages in found.path
 
     @pytest.mark.parametrize(
         ("installed", "requires"), [("2.11.0", []), ("2.10.1", ["torch>=2.11"]), (None, ["torch>=2.11"])]

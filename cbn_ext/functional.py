@@ -16,7 +16,9 @@ _RESPONSIBILITIES = ("channel", "joint")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def start_mixture(num_components: int, num_features: int, order: Tensor | None = None, **factory) -> tuple[Tensor, ...]:
+def start_mixture(
+    num_components: int, num_features: int, order: Tensor | None = None, **factory
+) -> tuple[Tensor, ...]:
     """Prior, mean and variance (M, C) of a mixture with mean 0 and variance 1 in every channel.
 
     The components' means are equally spaced; `order` (M, C) says which component of a channel takes which of them. By
@@ -29,7 +31,11 @@ def start_mixture(num_components: int, num_features: int, order: Tensor | None =
     spread = _SPREAD if num_components > 1 else 0.0
     # linspace(-1, 1, M) has variance (M + 1) / (3 (M - 1)).
     scale = (3 * spread * (num_components - 1) / (num_components + 1)) ** 0.5
-    points = torch.linspace(-scale, scale, num_components, **factory) if num_components > 1 else torch.zeros(1, **factory)
+    points = (
+        torch.linspace(-scale, scale, num_components, **factory)
+        if num_components > 1
+        else torch.zeros(1, **factory)
+    )
     return (
         torch.full(shape, 1 / num_components, **factory),
         points[order],
@@ -247,7 +253,9 @@ def _check(
         if tensor is not None and tensor.device != input.device:
             raise RuntimeError(f"expected {name} on {input.device}, the input's device, got {tensor.device}")
     if training and input.shape.numel() // max(channels, 1) == 1 and channels:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {input.shape}"
+        )
 
 
 class _Normalize(torch.autograd.Function):
@@ -261,7 +269,11 @@ class _Normalize(torch.autograd.Function):
         if native:
             return ops.forward(*arguments, training=training, eps=eps)
         return reference.forward(
-            *arguments, training=training, eps=eps, responsibility=responsibility, detach_responsibility=detach
+            *arguments,
+            training=training,
+            eps=eps,
+            responsibility=responsibility,
+            detach_responsibility=detach,
         )
 
     @staticmethod
@@ -295,7 +307,11 @@ class _NormalizeBackward(torch.autograd.Function):
         if native:
             return ops.backward(*arguments, training=training, eps=eps, detach_responsibility=detach)
         return reference.backward(
-            *arguments, training=training, eps=eps, responsibility=responsibility, detach_responsibility=detach
+            *arguments,
+            training=training,
+            eps=eps,
+            responsibility=responsibility,
+            detach_responsibility=detach,
         )
 
     @staticmethod

@@ -44,7 +44,20 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for x (N, C, ...), weight (M, C) and bias (M, C)."""
     return torch.ops.cbn_ext.backward(
-        grad, x, groups, prior, mean, var, mass, batch_mean, batch_var, weight, bias, training, detach_responsibility, eps
+        grad,
+        x,
+        groups,
+        prior,
+        mean,
+        var,
+        mass,
+        batch_mean,
+        batch_var,
+        weight,
+        bias,
+        training,
+        detach_responsibility,
+        eps,
     )
 
 
@@ -74,7 +87,9 @@ if native_available():
         return _empty_like(x), *statistics
 
     @torch.library.register_fake("cbn_ext::backward")
-    def _(grad, x, groups, prior, mean, var, mass, batch_mean, batch_var, weight, bias, training, detach, eps):
+    def _(
+        grad, x, groups, prior, mean, var, mass, batch_mean, batch_var, weight, bias, training, detach, eps
+    ):
         return _empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
 
     @torch.library.register_fake("cbn_ext::update_running")

@@ -216,5 +216,9 @@ def _like(result: Tensor, x: Tensor) -> Tensor:
     if result.dtype != x.dtype:
         result = result.to(x.dtype)
     if not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
-        return result if result.movedim(1, -1).is_contiguous() else result.movedim(1, -1).contiguous().movedim(-1, 1)
+        return (
+            result
+            if result.movedim(1, -1).is_contiguous()
+            else result.movedim(1, -1).contiguous().movedim(-1, 1)
+        )
     return result if result.is_contiguous() else result.contiguous()

@@ -1,4 +1,5 @@
-// pybind11 module cbn_ext._host: facts of the build and of the processor, and the scalar maths of mixture.h, for Python.
+// pybind11 module cbn_ext._host: facts of the build and of the processor, and the scalar maths of mixture.h,
+// for Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -23,9 +24,11 @@ struct Math<double> {
 
 namespace {
 
-// Responsibilities [M] of the point x in the one-dimensional mixture with these [M] parameters, components as given.
-std::vector<double> point_responsibilities(double x, const std::vector<double>& prior, const std::vector<double>& mean,
-                                           const std::vector<double>& var, double eps) {
+// Responsibilities [M] of the point x in the one-dimensional mixture with these [M] parameters, components as
+// given.
+std::vector<double> point_responsibilities(double x, const std::vector<double>& prior,
+                                           const std::vector<double>& mean, const std::vector<double>& var,
+                                           double eps) {
   const size_t components = prior.size();
   if (components < 1 || components > kMaxComponents || mean.size() != components || var.size() != components)
     throw std::invalid_argument("expected prior, mean and var of one length from 1 to 16, got " +
@@ -41,8 +44,8 @@ std::vector<double> point_responsibilities(double x, const std::vector<double>& 
   }
   LogOdds<double, kMaxComponents> odds;
   double p[kMaxComponents];
-  if (log_odds(odds, sorted_prior.data(), sorted_mean.data(), sorted_var.data(), static_cast<int>(components), eps, 0,
-               false))
+  if (log_odds(odds, sorted_prior.data(), sorted_mean.data(), sorted_var.data(), static_cast<int>(components),
+               eps, 0, false))
     responsibilities<true>(odds, x, p);
   else
     responsibilities<false>(odds, x, p);
@@ -65,10 +68,11 @@ std::map<std::string, std::string> build_facts() {
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Facts of the build and the processor, and the scalar maths of the kernels.";
-  m.def("cpu_capability", [] { return cbn::capability_name(cbn::cpu_capability()); },
-        "Instruction set of the CPU kernels: baseline, avx2 or avx512.");
+  m.def(
+      "cpu_capability", [] { return cbn::capability_name(cbn::cpu_capability()); },
+      "Instruction set of the CPU kernels: baseline, avx2 or avx512.");
   m.def("build_facts", &cbn::build_facts, "Compiler and language version of this build.");
-  m.def("responsibilities", &cbn::point_responsibilities, pybind11::arg("x"), pybind11::arg("prior"), pybind11::arg("mean"),
-        pybind11::arg("var"), pybind11::arg("eps"),
+  m.def("responsibilities", &cbn::point_responsibilities, pybind11::arg("x"), pybind11::arg("prior"),
+        pybind11::arg("mean"), pybind11::arg("var"), pybind11::arg("eps"),
         "Posterior [M] of the point x under the mixture with prior, mean and var [M].");
 }

@@ -1,9 +1,9 @@
 // Compound batch normalization, per element: every formula once, for the host and the device.
 //
-// T is a scalar or a vector of lanes; a lane is one point x of one channel, or of several channels side by side. Statistics
-// of a channel are prepared in double by the functions that take and give `double`; the element functions use them as T.
-// Equations are those of "Compound Batch Normalization for Long-tailed Image Classification" (2022). Neither ATen nor the
-// CUDA runtime is used here.
+// T is a scalar or a vector of lanes; a lane is one point x of one channel, or of several channels side by
+// side. Statistics of a channel are prepared in double by the functions that take and give `double`; the
+// element functions use them as T. Equations are those of "Compound Batch Normalization for Long-tailed Image
+// Classification" (2022). Neither ATen nor the CUDA runtime is used here.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,8 @@
 #define CBN_INLINE static inline __attribute__((always_inline))
 #define CBN_UNROLL _Pragma("unroll")
 #else
-// Internal linkage: the host compiles these for several instruction sets, which must not be merged at link time.
+// Internal linkage: the host compiles these for several instruction sets, which must not be merged at link
+// time.
 #define CBN_INLINE static inline __attribute__((always_inline))
 #define CBN_UNROLL _Pragma("GCC unroll 16")
 #endif
@@ -27,14 +28,16 @@ constexpr int kMaxComponents = 16;
 constexpr double kPriorFloor = 1e-6;
 // A component whose mass in the batch is below this has no batch statistics and keeps its running ones.
 constexpr double kMassFloor = 1e-30;
-// Log2-odds up to here are exponentiated as they are: sums over components and products with x stay in float's range.
+// Log2-odds up to here are exponentiated as they are: sums over components and products with x stay in
+// float's range.
 constexpr double kBoundedOdds = 60.0;
 // Height of the components that pad M to a compiled size: their responsibility is 0.
 constexpr double kNoComponent = -1e30;
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-// What T can do beyond arithmetic: splat(double), exp2(x), reciprocal(x), max(a, b). Specialised beside each T.
+// What T can do beyond arithmetic: splat(double), exp2(x), reciprocal(x), max(a, b). Specialised beside each
+// T.
 template <class T>
 struct Math;
 
@@ -42,10 +45,11 @@ struct Math;
 // E-step (eqs 8-9)
 //
 // log2 of pi_m N(x; mu_m, v_m), v = sigma^2 + eps, is k_m - h_m (x - mu_m)^2 with h = log2(e) / (2 v) and
-// k = log2(pi) - log2(v) / 2. Relative to the component of largest variance, which is stored first, it is again
-// `curvature (x - centre)^2 + height`, with curvature <= 0: bounded above by its height. Where all heights are small, M - 1
-// exponentials and no search for a maximum give the responsibilities ("bounded"); elsewhere (equal variances, hence a line
-// and no bound, or well separated components) each of the M log-densities is kept and the maximum subtracted.
+// k = log2(pi) - log2(v) / 2. Relative to the component of largest variance, which is stored first, it is
+// again `curvature (x - centre)^2 + height`, with curvature <= 0: bounded above by its height. Where all
+// heights are small, M - 1 exponentials and no search for a maximum give the responsibilities ("bounded");
+// elsewhere (equal variances, hence a line and no bound, or well separated components) each of the M
+// log-densities is kept and the maximum subtracted.
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <class T, int M>
@@ -66,8 +70,9 @@ CBN_INLINE int widest_component(const double* var, int components) {
 // Where component m is stored when the widest one comes first; its own inverse.
 CBN_INLINE int stored_at(int m, int widest) { return m == 0 ? widest : m == widest ? 0 : m; }
 
-// Fills `odds` for points z = x - origin from a channel's prior, mean and var, components in stored order, and returns
-// whether the odds are bounded. With `force_unbounded` the log-densities are stored although the odds were bounded.
+// Fills `odds` for points z = x - origin from a channel's prior, mean and var, components in stored order,
+// and returns whether the odds are bounded. With `force_unbounded` the log-densities are stored although the
+// odds were bounded.
 template <int M>
 CBN_INLINE bool log_odds(LogOdds<double, M>& odds, const double* prior, const double* mean, const double* var,
                          int components, double eps, double origin, bool force_unbounded) {
@@ -142,7 +147,8 @@ CBN_INLINE void responsibilities(const LogOdds<T, M>& odds, T z, T (&p)[M]) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// M-step (eqs 10-12), from sums of z = x - origin, the origin near the channel's values so that squares keep their digits
+// M-step (eqs 10-12), from sums of z = x - origin, the origin near the channel's values so that squares keep
+// their digits
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <class T, int M>
@@ -164,7 +170,8 @@ CBN_INLINE void accumulate(Moments<T, M>& sums, const T (&p)[M], T z) {
 }
 
 // mean = origin + first / mass, var = second / mass - (first / mass)^2; NaN passes.
-CBN_INLINE void mean_and_variance(double mass, double first, double second, double origin, double& mean, double& var) {
+CBN_INLINE void mean_and_variance(double mass, double first, double second, double origin, double& mean,
+                                  double& var) {
   const double deviation = first / mass;
   mean = origin + deviation;
   var = second / mass - deviation * deviation;
@@ -172,7 +179,8 @@ CBN_INLINE void mean_and_variance(double mass, double first, double second, doub
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Normalise and combine (eqs 7, 16):  y = sum_m p_m (gamma_m (x - mu_m) r_m + beta_m),  r = 1 / sqrt(var + eps)
+// Normalise and combine (eqs 7, 16):  y = sum_m p_m (gamma_m (x - mu_m) r_m + beta_m),  r = 1 / sqrt(var +
+// eps)
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <class T, int M>
@@ -181,7 +189,9 @@ struct Branches {
   T offset[M];  // beta - (mu - origin) gamma r
 };
 
-CBN_INLINE double branch_scale(double weight, double var, double eps) { return weight / std::sqrt(var + eps); }
+CBN_INLINE double branch_scale(double weight, double var, double eps) {
+  return weight / std::sqrt(var + eps);
+}
 
 CBN_INLINE double branch_offset(double scale, double bias, double mean, double origin) {
   return bias - (mean - origin) * scale;
@@ -206,8 +216,8 @@ CBN_INLINE T normalise(const LogOdds<T, M>& odds, const Branches<T, M>& branches
 // Backward of the affine pairs, g = dL/dy:  dL/dbeta_m = sum g p_m,  dL/dgamma_m = sum g p_m (x - mu_m) r_m
 template <class T, int M>
 struct GradientSums {
-  T bias[M];    // sum g p
-  T first[M];   // sum g p z
+  T bias[M];   // sum g p
+  T first[M];  // sum g p z
 };
 
 template <class T, int M>
@@ -220,14 +230,17 @@ CBN_INLINE void accumulate(GradientSums<T, M>& sums, const T (&p)[M], T z, T g) 
   }
 }
 
-CBN_INLINE double weight_gradient(double sum_bias, double sum_first, double mean, double origin, double var, double eps) {
+CBN_INLINE double weight_gradient(double sum_bias, double sum_first, double mean, double origin, double var,
+                                  double eps) {
   return (sum_first - (mean - origin) * sum_bias) / std::sqrt(var + eps);
 }
 
-// Backward of the input. With d = x - mu, dL/dmu = -r gamma dL/dbeta, dL/dvar = -r^2 gamma dL/dgamma / 2 and mass n:
+// Backward of the input. With d = x - mu, dL/dmu = -r gamma dL/dbeta, dL/dvar = -r^2 gamma dL/dgamma / 2 and
+// mass n:
 //   f_m  = g (gamma r d + beta) + ( dL/dmu d + dL/dvar (d^2 - var) ) / n     what one unit of p_m is worth
 //   f'_m = g gamma r + ( dL/dmu + 2 dL/dvar d ) / n
-//   dL/dx = sum p f' + Cov_p(l', f),   l'_m = d/dx of the log-odds; the covariance is absent where p is a constant
+//   dL/dx = sum p f' + Cov_p(l', f),   l'_m = d/dx of the log-odds; the covariance is absent where p is a
+//   constant
 template <class T, int M>
 struct InputGradient {
   T centre[M];     // mu - origin
@@ -247,8 +260,8 @@ CBN_INLINE double variance_gradient(double scale, double grad_weight, double var
 }
 
 template <bool kBounded, class T, int M>
-CBN_INLINE T input_gradient(const LogOdds<T, M>& odds, const InputGradient<T, M>& in, const T (&p)[M], T z, T g,
-                            bool detach_responsibility) {
+CBN_INLINE T input_gradient(const LogOdds<T, M>& odds, const InputGradient<T, M>& in, const T (&p)[M], T z,
+                            T g, bool detach_responsibility) {
   T f[M];
   T direct, mean_f;
   CBN_UNROLL

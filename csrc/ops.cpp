@@ -1,4 +1,5 @@
-// The operators' schemas, on LibTorch's stable ABI, and their CPU implementations. Autograd and fakes are in Python.
+// The operators' schemas, on LibTorch's stable ABI, and their CPU implementations. Autograd and fakes are in
+// Python.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -6,14 +7,18 @@
 
 STABLE_TORCH_LIBRARY(cbn_ext, m) {
   m.def(
-      "forward(Tensor x, Tensor? groups, Tensor? prior, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
+      "forward(Tensor x, Tensor? groups, Tensor? prior, Tensor mean, Tensor var, Tensor? weight, Tensor? "
+      "bias, "
       "bool training, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "backward(Tensor grad, Tensor x, Tensor? groups, Tensor? prior, Tensor mean, Tensor var, Tensor batch_mass, "
-      "Tensor batch_mean, Tensor batch_var, Tensor? weight, Tensor? bias, bool training, bool detach_responsibility, "
+      "backward(Tensor grad, Tensor x, Tensor? groups, Tensor? prior, Tensor mean, Tensor var, Tensor "
+      "batch_mass, "
+      "Tensor batch_mean, Tensor batch_var, Tensor? weight, Tensor? bias, bool training, bool "
+      "detach_responsibility, "
       "float eps) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "update_running(Tensor(a!)? prior, Tensor(b!) mean, Tensor(c!) var, Tensor batch_mass, Tensor batch_mean, "
+      "update_running(Tensor(a!)? prior, Tensor(b!) mean, Tensor(c!) var, Tensor batch_mass, Tensor "
+      "batch_mean, "
       "Tensor batch_var, SymInt points, float momentum) -> ()");
 }
 

@@ -7,8 +7,8 @@ namespace cbn {
 
 enum class Element { kFloat, kDouble, kHalf, kBFloat16 };
 
-// One normalization over some images, by `components` Gaussians. S, the type of statistics and parameters, is double for
-// double inputs and float for all others.
+// One normalization over some images, by `components` Gaussians. S, the type of statistics and parameters, is
+// double for double inputs and float for all others.
 struct Problem {
   Element element;
   bool channels_last;
@@ -21,25 +21,25 @@ struct Problem {
   const void* grad;  // like x
   void* out;         // like x: the output, or the input's gradient
 
-  int components;        // M
-  const void* prior;     // [M, C], null for M = 1
-  const void* mean;      // [M, C] running
-  const void* var;       // [M, C] running
-  const void* weight;    // [M, C] or null for 1
-  const void* bias;      // [M, C] or null for 0
-  void* batch_mass;      // [M, C] written by the forward pass in training, read by the backward pass
-  void* batch_mean;      // [M, C] likewise
-  void* batch_var;       // [M, C] likewise
-  void* grad_weight;     // [M, C]
-  void* grad_bias;       // [M, C]
+  int components;      // M
+  const void* prior;   // [M, C], null for M = 1
+  const void* mean;    // [M, C] running
+  const void* var;     // [M, C] running
+  const void* weight;  // [M, C] or null for 1
+  const void* bias;    // [M, C] or null for 0
+  void* batch_mass;    // [M, C] written by the forward pass in training, read by the backward pass
+  void* batch_mean;    // [M, C] likewise
+  void* batch_var;     // [M, C] likewise
+  void* grad_weight;   // [M, C]
+  void* grad_bias;     // [M, C]
   double eps;
   bool training;
   bool detach_responsibility;
 };
 
-// Work on the images [begin, end) of `count`, for one block of channels: one channel, or, in channels_last, one per lane.
-// `sums` takes the Moments or GradientSums of mixture.h, [3 or 2, M in stored order, channels of the block], and the origin
-// they are relative to, [channels of the block].
+// Work on the images [begin, end) of `count`, for one block of channels: one channel, or, in channels_last,
+// one per lane. `sums` takes the Moments or GradientSums of mixture.h, [3 or 2, M in stored order, channels
+// of the block], and the origin they are relative to, [channels of the block].
 using ReduceTask = void (*)(const Problem&, int64_t block, int64_t begin, int64_t end, double* sums);
 using MapTask = void (*)(const Problem&, int64_t block, int64_t begin, int64_t end);
 

@@ -1,5 +1,5 @@
-// A vector of lanes by the compilers' vector extension: arithmetic is built in; here are loads, stores and `Math`.
-// Included by the kernels of each instruction set with CBN_VECTOR_BYTES set.
+// A vector of lanes by the compilers' vector extension: arithmetic is built in; here are loads, stores and
+// `Math`. Included by the kernels of each instruction set with CBN_VECTOR_BYTES set.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ CBN_INLINE To bits(From value) {
 }
 
 // 2^f on [-1/2, 1/2]: the Chebyshev interpolant of degree 6 (float, error 3e-9) and 11 (double, error 4e-18).
-constexpr float kExp2Float[] = {1.0f,           0.693147207f,    0.240226509f,   0.0555032723f,
+constexpr float kExp2Float[] = {1.0f,           0.693147207f,   0.240226509f,   0.0555032723f,
                                 0.00961805668f, 0.00134004282f, 0.000154614447f};
 constexpr double kExp2Double[] = {
     1.0,
@@ -47,7 +47,8 @@ struct Exp2;
 template <>
 struct Exp2<float> {
   using Int = int32_t;
-  static constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 2^23 rounds to an integer; 127 biases the exponent
+  static constexpr float kRound =
+      12582912.0f + 127.0f;  // 1.5 2^23 rounds to an integer; 127 biases the exponent
   static constexpr float kLowest = -126.0f;
   static constexpr int kMantissa = 23;
   static constexpr const auto& kPolynomial = kExp2Float;
@@ -71,7 +72,8 @@ struct VectorMath {
   CBN_INLINE V reciprocal(V x) { return static_cast<S>(1) / x; }
   CBN_INLINE V max(V a, V b) { return a < b ? b : a; }
 
-  // 2^x for x below the largest exponent; below the smallest, at most the smallest normal number. NaN stays NaN.
+  // 2^x for x below the largest exponent; below the smallest, at most the smallest normal number. NaN stays
+  // NaN.
   CBN_INLINE V exp2(V x) {
 #if CBN_VECTOR_BYTES == 64
     const V f = fraction(x);
@@ -95,8 +97,12 @@ struct VectorMath {
 
 #if CBN_VECTOR_BYTES == 64
   // AVX-512 has both in one instruction: x less the nearest integer, and y 2^n for an integer n.
-  CBN_INLINE __m512 fraction(__m512 x) { return _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT); }
-  CBN_INLINE __m512d fraction(__m512d x) { return _mm512_maskz_reduce_pd(0xff, x, _MM_FROUND_TO_NEAREST_INT); }
+  CBN_INLINE __m512 fraction(__m512 x) {
+    return _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT);
+  }
+  CBN_INLINE __m512d fraction(__m512d x) {
+    return _mm512_maskz_reduce_pd(0xff, x, _MM_FROUND_TO_NEAREST_INT);
+  }
   CBN_INLINE __m512 scale(__m512 y, __m512 n) { return _mm512_maskz_scalef_ps(0xffff, y, n); }
   CBN_INLINE __m512d scale(__m512d y, __m512d n) { return _mm512_maskz_scalef_pd(0xff, y, n); }
 #endif
@@ -116,7 +122,8 @@ struct Math<Vec<double>> : VectorMath<double, kLanesOf<double>> {};
 
 namespace {
 
-// Element types in memory; arithmetic is in `Scalar`. The 16-bit ones convert by their bits, rounding to nearest even.
+// Element types in memory; arithmetic is in `Scalar`. The 16-bit ones convert by their bits, rounding to
+// nearest even.
 struct Float {
   using Memory = float;
   using Scalar = float;
@@ -149,7 +156,8 @@ CBN_INLINE Halves narrow_bfloat16(Floats x) {
 CBN_INLINE Floats widen_half(Halves h) {
   const Ints b = __builtin_convertvector(h, Ints);
   const Ints magnitude = (b & 0x7fff) << 13;
-  // Multiplying by 2^112 moves the exponent's bias and normalises the subnormal; infinity and NaN need their exponent.
+  // Multiplying by 2^112 moves the exponent's bias and normalises the subnormal; infinity and NaN need their
+  // exponent.
   const Ints finite = bits<Ints>(bits<Floats>(magnitude) * 0x1p112f);
   const Ints value = magnitude >= 0x0f800000 ? (magnitude | 0x7f800000) : finite;
   return bits<Floats>(value | ((b & 0x8000) << 16));

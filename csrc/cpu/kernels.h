@@ -227,25 +227,22 @@ CBN_INLINE void with_bounded(bool bounded, F loop) {
     loop(std::false_type{});
 }
 
-template <class E, int M>
-void moments(const Problem& problem, int64_t index, int64_t begin, int64_t end, double* sums) {
+// Sums add(current, p, z, offset, count) over all vectors of a block's images [begin, end).
+template <class E, template <class, int> class Sums, int M, class Add>
+void reduce(const Problem& problem, int64_t index, int64_t begin, int64_t end, Pass pass, double* sums,
+            Add add) {
   using V = Vec<typename E::Scalar>;
   const Block<E> block(problem, index);
-  const BlockCoefficients<E, M> coefficients(block, Pass::kMoments);
-  LongSums<E, Moments, M> totals;
+  const BlockCoefficients<E, M> coefficients(block, pass);
+  LongSums<E, Sums, M> totals;
   with_bounded(coefficients.bounded, [&](auto bounded) {
-    Moments<V, M> current{};
+    Sums<V, M> current{};
     int vectors = 0;
     block.for_each_vector(begin, end, [&](int64_t offset, int64_t count) __attribute__((always_inline)) {
       const V z = load<E>(block.x() + offset, count) - coefficients.origin;
       V p[M];
       responsibilities<bounded.value>(coefficients.odds, z, p);
-      if (count < Block<E>::kLanes) {
-        const V mask = lanes_below<typename E::Scalar>(count);
-        CBN_UNROLL
-        for (int m = 0; m < M; ++m) p[m] = p[m] * mask;
-      }
-      accumulate(current, p, z);
+      add(current, p, z, offset, count);
       if (++vectors == kVectorsPerFlush) {
         totals.add(current);
         current = {};
@@ -255,6 +252,33 @@ void moments(const Problem& problem, int64_t index, int64_t begin, int64_t end, 
     totals.add(current);
   });
   totals.write(sums, block, coefficients.origin);
+}
+
+template <class E, int M>
+void moments(const Problem& problem, int64_t index, int64_t begin, int64_t end, double* sums) {
+  using V = Vec<typename E::Scalar>;
+  reduce<E, Moments, M>(problem, index, begin, end, Pass::kMoments, sums,
+                        [](Moments<V, M>& current, V(&p)[M], V z, int64_t, int64_t count)
+                            __attribute__((always_inline)) {
+                              if (count < Block<E>::kLanes) {
+                                const V mask = lanes_below<typename E::Scalar>(count);
+                                CBN_UNROLL
+                                for (int m = 0; m < M; ++m) p[m] = p[m] * mask;
+                              }
+                              accumulate(current, p, z);
+                            });
+}
+
+template <class E, int M>
+void gradient_sums(const Problem& problem, int64_t index, int64_t begin, int64_t end, double* sums) {
+  using V = Vec<typename E::Scalar>;
+  const auto* grad = static_cast<const typename E::Memory*>(problem.grad);
+  reduce<E, GradientSums, M>(problem, index, begin, end, Pass::kGradientSums, sums,
+                             [grad](GradientSums<V, M>& current, V(&p)[M], V z, int64_t offset, int64_t count)
+                                 __attribute__((always_inline)) {
+                                   // The gradient is 0 beyond `count`, and so is what is added there.
+                                   accumulate(current, p, z, load<E>(grad + offset, count));
+                                 });
 }
 
 template <class E, int M>
@@ -269,32 +293,6 @@ void normalise(const Problem& problem, int64_t index, int64_t begin, int64_t end
                cbn::normalise<bounded.value>(coefficients.odds, coefficients.branches, z));
     });
   });
-}
-
-template <class E, int M>
-void gradient_sums(const Problem& problem, int64_t index, int64_t begin, int64_t end, double* sums) {
-  using V = Vec<typename E::Scalar>;
-  const Block<E> block(problem, index);
-  const BlockCoefficients<E, M> coefficients(block, Pass::kGradientSums);
-  LongSums<E, GradientSums, M> totals;
-  with_bounded(coefficients.bounded, [&](auto bounded) {
-    GradientSums<V, M> current{};
-    int vectors = 0;
-    block.for_each_vector(begin, end, [&](int64_t offset, int64_t count) __attribute__((always_inline)) {
-      const V z = load<E>(block.x() + offset, count) - coefficients.origin;
-      const V g = load<E>(block.grad() + offset, count);  // 0 beyond `count`, and so is what is added there
-      V p[M];
-      responsibilities<bounded.value>(coefficients.odds, z, p);
-      accumulate(current, p, z, g);
-      if (++vectors == kVectorsPerFlush) {
-        totals.add(current);
-        current = {};
-        vectors = 0;
-      }
-    });
-    totals.add(current);
-  });
-  totals.write(sums, block, coefficients.origin);
 }
 
 template <class E, int M>

@@ -14,9 +14,7 @@ from build_backend.resolve import choose_compiler, resolve
 try:
     import torch
 except ModuleNotFoundError as error:
-    raise SystemExit(
-        f"cbn_ext: building needs {host_torch.REQUIREMENT}; {sys.executable} has none"
-    ) from error
+    raise SystemExit(f"cbn_ext: building needs {host_torch.REQUIREMENT}; {sys.executable} has none") from error
 if not host_torch.is_supported(torch.__version__):
     raise SystemExit(f"cbn_ext: building needs {host_torch.REQUIREMENT}, got torch {torch.__version__}")
 

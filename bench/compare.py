@@ -26,9 +26,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         if (BATCHNORM, 1) not in self.members:
-            raise ValueError(
-                f"expected {BATCHNORM} among the members, which all are compared with; got {self.members}"
-            )
+            raise ValueError(f"expected {BATCHNORM} among the members, which all are compared with; got {self.members}")
 
 
 def compare(comparison: Comparison) -> tuple[list[TimeRow], list[MemoryRow]]:

@@ -92,9 +92,7 @@ def targets(times: list[TimeRow], memory: list[MemoryRow]) -> list[Target]:
     what = "peak memory, cbn_ext M=4 / BatchNorm2d, worst shape and layout: "
     beyond = worst(memory, lambda row: row.beyond)
     found.append(Target(what + "allocated beyond input and output", beyond, "≤", 1.1))
-    found.append(
-        Target(what + "allocated in all", worst(memory, lambda row: row.in_out + row.beyond), "≤", 1.1)
-    )
+    found.append(Target(what + "allocated in all", worst(memory, lambda row: row.in_out + row.beyond), "≤", 1.1))
     if measured := [row for row in memory if row.resident is not None]:
         resident = worst(measured, lambda row: row.in_out + row.resident)
         found.append(Target(what + "resident in all", resident, "≤", 1.1))

@@ -68,9 +68,7 @@ def wall_clock(workload: Workload) -> dict[str, float]:
     gradients = workload.backward(output)
     end = time.perf_counter_ns()
     del output, gradients
-    return dict(
-        zip(DIRECTIONS, ((middle - start) / 1e3, (end - middle) / 1e3, (end - start) / 1e3), strict=True)
-    )
+    return dict(zip(DIRECTIONS, ((middle - start) / 1e3, (end - middle) / 1e3, (end - start) / 1e3), strict=True))
 
 
 def time_interleaved(

@@ -14,9 +14,7 @@ def plot(rows: Sequence[TimeRow], title: str, path: Path) -> None:
     members = list(dict.fromkeys((row.provider, row.M) for row in rows))
     layouts = list(dict.fromkeys(row.layout for row in rows))
     figure = Figure(figsize=(6.5 * len(layouts), 4.5), layout="constrained")
-    for layout, axes in zip(
-        layouts, figure.subplots(1, len(layouts), sharey=True, squeeze=False)[0], strict=True
-    ):
+    for layout, axes in zip(layouts, figure.subplots(1, len(layouts), sharey=True, squeeze=False)[0], strict=True):
         shown = [row for row in rows if row.layout == layout]
         shapes = list(dict.fromkeys(row.shape for row in shown))
         width = 0.8 / len(members)
@@ -33,9 +31,7 @@ def plot(rows: Sequence[TimeRow], title: str, path: Path) -> None:
             ]
             positions = [shapes.index(row.shape) + (number - (len(members) - 1) / 2) * width for row in bars]
             label = f"{member[0]}, M={member[1]}"
-            drawn = axes.bar(
-                positions, heights, width, yerr=spread, label=label, color=f"C{number}", ecolor="0.3"
-            )
+            drawn = axes.bar(positions, heights, width, yerr=spread, label=label, color=f"C{number}", ecolor="0.3")
             axes.bar_label(
                 drawn,
                 [f"{height:.1f}" if height < 10 else f"{height:.0f}" for height in heights],

@@ -197,9 +197,7 @@ def check(name: str, workload: LayerWorkload, expected: tuple[Tensor, ...]) -> N
     case = workload.problem.case
     output = workload.forward()
     results = (output.detach(), *workload.backward(output))
-    for what, actual, right in zip(
-        ("y", "grad x", "grad weight", "grad bias"), results, expected, strict=True
-    ):
+    for what, actual, right in zip(("y", "grad x", "grad weight", "grad bias"), results, expected, strict=True):
         error = ((actual.double().reshape(right.shape) - right).norm() / right.norm()).item()
         limit = ERROR_LIMIT[case.dtype]
         if not error <= limit:

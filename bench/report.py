@@ -73,16 +73,13 @@ class Report:
     def tables(self) -> list[Table]:
         """Targets, times and memory."""
         targets = [
-            [t.what, f"{t.value:.2f}", f"{t.relation} {t.limit:g}", "met" if t.met else "missed"]
-            for t in self.targets
+            [t.what, f"{t.value:.2f}", f"{t.relation} {t.limit:g}", "met" if t.met else "missed"] for t in self.targets
         ]
         header = ("input", "provider", "M", *(f"{d}, µs" for d in DIRECTIONS), "GB/s", "/ BatchNorm2d")
         times = []
         for label, rows in groupby(self.times, _label):
             by_member = groupby(rows, lambda row: (row.provider, row.M))
-            times.append(
-                [[label, provider, str(m), *_time_cells(list(group))] for (provider, m), group in by_member]
-            )
+            times.append([[label, provider, str(m), *_time_cells(list(group))] for (provider, m), group in by_member])
         memory = [
             [
                 [label, row.provider, str(row.M), _kib(row.in_out), _kib(row.beyond), _kib(row.resident)]
@@ -106,9 +103,7 @@ class Report:
         for table in (*measured, targets):
             console.print(table.rich())
         if self.load > 0.5:
-            console.print(
-                f"The load average before the run was {self.load:.1f}: other processes disturb these times."
-            )
+            console.print(f"The load average before the run was {self.load:.1f}: other processes disturb these times.")
 
     def write(self, folder: Path) -> list[Path]:
         """Write NAME.csv, NAME-memory.csv, NAME.png and NAME.md into `folder`."""

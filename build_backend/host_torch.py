@@ -42,9 +42,7 @@ def find(python: str = sys.executable) -> HostTorch | None:
     """
     hidden = ("PYTHONPATH", "PYTHONNOUSERSITE")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    probe = subprocess.run(
-        [python, "-c", _PROBE], env=environment, capture_output=True, text=True, check=True
-    )
+    probe = subprocess.run([python, "-c", _PROBE], env=environment, capture_output=True, text=True, check=True)
     found = json.loads(probe.stdout)
     if found["version"] is None or not is_supported(found["version"]):
         return None

@@ -1,7 +1,7 @@
 """Compound and split batch normalization as functions: arguments checked, backend chosen, gradients attached.
 
-One pair of `torch.autograd.Function`s serves every backend and mode. The backward pass is a Function of its own, so that
-double backward differentiates the composite formula rather than, silently, nothing.
+One pair of `torch.autograd.Function`s serves every backend and mode. The backward pass is a Function of its own, so
+that double backward differentiates the composite formula rather than, silently, nothing.
 """
 
 import torch
@@ -16,9 +16,7 @@ _RESPONSIBILITIES = ("channel", "joint")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def start_mixture(
-    num_components: int, num_features: int, order: Tensor | None = None, **factory
-) -> tuple[Tensor, ...]:
+def start_mixture(num_components: int, num_features: int, order: Tensor | None = None, **factory) -> tuple[Tensor, ...]:
     """Prior, mean and variance (M, C) of a mixture with mean 0 and variance 1 in every channel.
 
     The components' means are equally spaced; `order` (M, C) says which component of a channel takes which of them. By
@@ -32,9 +30,7 @@ def start_mixture(
     # linspace(-1, 1, M) has variance (M + 1) / (3 (M - 1)).
     scale = (3 * spread * (num_components - 1) / (num_components + 1)) ** 0.5
     points = (
-        torch.linspace(-scale, scale, num_components, **factory)
-        if num_components > 1
-        else torch.zeros(1, **factory)
+        torch.linspace(-scale, scale, num_components, **factory) if num_components > 1 else torch.zeros(1, **factory)
     )
     return (
         torch.full(shape, 1 / num_components, **factory),
@@ -210,7 +206,7 @@ def _use_native(input: Tensor, responsibility: str) -> bool:
             raise RuntimeError(f'the backend "native" is not available: {load_error()}')
         if not serves:
             raise NotImplementedError(
-                f'the backend "native" serves channel and split mode on the CPU, got {responsibility!r} on {input.device}'
+                f'the backend "native" serves channel and split mode on the CPU, got {responsibility} on {input.device}'
             )
     return serves and native_available()
 
@@ -233,7 +229,8 @@ def _check(
     channels = input.shape[1]
     if mean.dim() != 2 or mean.shape[1] != channels:
         raise RuntimeError(
-            f"expected running_mean of shape (M, {channels}) for an input of {channels} channels, got {tuple(mean.shape)}"
+            f"expected running_mean of shape (M, {channels}) for an input of {channels} channels, "
+            f"got {tuple(mean.shape)}"
         )
     components = mean.shape[0]
     if not 1 <= components <= 16:
@@ -253,9 +250,7 @@ def _check(
         if tensor is not None and tensor.device != input.device:
             raise RuntimeError(f"expected {name} on {input.device}, the input's device, got {tensor.device}")
     if training and input.shape.numel() // max(channels, 1) == 1 and channels:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {input.shape}"
-        )
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
 
 
 class _Normalize(torch.autograd.Function):

@@ -72,13 +72,9 @@ class _CompoundBatchNorm(nn.Module):
     def reset_running_stats(self) -> None:
         """Start values: equal priors, equal variances, means spread in a random order of its own in each channel."""
         if self.track_running_stats:
-            order = torch.rand(
-                self.num_components, self.num_features, device=self.running_mean.device
-            ).argsort(0)
+            order = torch.rand(self.num_components, self.num_features, device=self.running_mean.device).argsort(0)
             start = self._start_mixture(self.running_mean, order)
-            for running, value in zip(
-                (self.running_prior, self.running_mean, self.running_var), start, strict=True
-            ):
+            for running, value in zip((self.running_prior, self.running_mean, self.running_var), start, strict=True):
                 running.copy_(value)
             self.num_batches_tracked.zero_()
 
@@ -92,9 +88,7 @@ class _CompoundBatchNorm(nn.Module):
                 self.weight.fill_(1)
                 self.bias.zero_()
             else:
-                _, mean, var = (
-                    self._running() if self.track_running_stats else self._start_mixture(self.weight)
-                )
+                _, mean, var = self._running() if self.track_running_stats else self._start_mixture(self.weight)
                 self.weight.copy_(var.sqrt())
                 self.bias.copy_(mean)
 
@@ -173,16 +167,12 @@ class _CompoundBatchNorm(nn.Module):
             self.weight.copy_(weight.expand_as(self.weight))
             self.bias.copy_(bias.expand_as(self.bias))
         elif self.affine:
-            _, start_mean, start_var = (
-                self._running() if self.track_running_stats else self._start_mixture(like)
-            )
+            _, start_mean, start_var = self._running() if self.track_running_stats else self._start_mixture(like)
             scale = weight * torch.rsqrt(var + self.eps)
             self.weight.copy_(scale * torch.sqrt(start_var + self.eps))
             self.bias.copy_(bias + scale * (start_mean - mean))
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
-    ) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         """Load, also from the checkpoint of an nn.BatchNorm, whose tensors are (C,) and which knows no prior."""
         names = ("running_mean", "running_var", "weight", "bias")
         found = {name: state_dict.get(prefix + name) for name in names}

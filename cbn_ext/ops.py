@@ -87,9 +87,7 @@ if native_available():
         return _empty_like(x), *statistics
 
     @torch.library.register_fake("cbn_ext::backward")
-    def _(
-        grad, x, groups, prior, mean, var, mass, batch_mean, batch_var, weight, bias, training, detach, eps
-    ):
+    def _(grad, x, groups, prior, mean, var, mass, batch_mean, batch_var, weight, bias, training, detach, eps):
         return _empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
 
     @torch.library.register_fake("cbn_ext::update_running")

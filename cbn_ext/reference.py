@@ -100,7 +100,8 @@ def forward(
         training: normalise with the batch's statistics rather than the running ones.
 
     Returns:
-        The output like x, and the batch's mass, mean and biased variance, (M, C) each; three empty tensors in evaluation.
+        The output like x, and the batch's mass, mean and biased variance, (M, C) each; in evaluation three empty
+        tensors.
     """
     if x.numel() == 0:
         batch = (torch.zeros_like(mean), mean.clone(), var.clone()) if training else _no_statistics(mean)
@@ -211,14 +212,10 @@ def update_running(
 
 def _like(result: Tensor, x: Tensor) -> Tensor:
     """`result` in x's dtype and layout: channels_last where x is, else contiguous."""
-    # Each step only where it changes something: torch.compile (2.11) loses the gradient of an autograd.Function's output
-    # that is the very tensor another step of its forward gave.
+    # Each step only where it changes something: torch.compile (2.11) loses the gradient of an autograd.Function's
+    # output that is the very tensor another step of its forward gave.
     if result.dtype != x.dtype:
         result = result.to(x.dtype)
     if not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
-        return (
-            result
-            if result.movedim(1, -1).is_contiguous()
-            else result.movedim(1, -1).contiguous().movedim(-1, 1)
-        )
+        return result if result.movedim(1, -1).is_contiguous() else result.movedim(1, -1).contiguous().movedim(-1, 1)
     return result if result.is_contiguous() else result.contiguous()

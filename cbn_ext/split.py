@@ -27,9 +27,7 @@ def class_groups(num_classes: int, num_groups: int, order: str = "contiguous") -
         ValueError: an unknown order, or not 1 <= num_groups <= num_classes.
     """
     if not 1 <= num_groups <= num_classes:
-        raise ValueError(
-            f"expected 1 <= num_groups <= num_classes, got {num_groups} groups of {num_classes} classes"
-        )
+        raise ValueError(f"expected 1 <= num_groups <= num_classes, got {num_groups} groups of {num_classes} classes")
     labels = torch.arange(num_classes)
     if order == "contiguous":
         return labels * num_groups // num_classes

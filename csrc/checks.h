@@ -37,8 +37,8 @@ inline void check_input(const Tensor& x) {
 
 // (M, C), contiguous, on x's device and of the dtype of its statistics.
 inline void check_statistic(const Tensor& t, const char* name, const Tensor& x, int64_t components) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == components && t.size(1) == x.size(1), "expected ", name,
-                  " of shape (", components, ", ", x.size(1), "), got ", shape_of(t));
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == components && t.size(1) == x.size(1), "expected ", name, " of shape (",
+                  components, ", ", x.size(1), "), got ", shape_of(t));
   STD_TORCH_CHECK(t.scalar_type() == statistics_type(x.scalar_type()), "expected ", name, " of ",
                   statistics_type(x.scalar_type()), " for x of ", x.scalar_type(), ", got ", t.scalar_type());
   STD_TORCH_CHECK(t.device() == x.device(), "expected ", name, " on the device of x");
@@ -50,16 +50,14 @@ inline void check_components(const Tensor& mean, int64_t most) {
 }
 
 inline void check_groups(const Tensor& groups, const Tensor& x) {
-  STD_TORCH_CHECK(groups.dim() == 1 && groups.size(0) == x.size(0), "expected groups of shape (", x.size(0),
-                  "), got ", shape_of(groups));
-  STD_TORCH_CHECK(groups.scalar_type() == ScalarType::Long, "expected groups of int64, got ",
-                  groups.scalar_type());
+  STD_TORCH_CHECK(groups.dim() == 1 && groups.size(0) == x.size(0), "expected groups of shape (", x.size(0), "), got ",
+                  shape_of(groups));
+  STD_TORCH_CHECK(groups.scalar_type() == ScalarType::Long, "expected groups of int64, got ", groups.scalar_type());
   STD_TORCH_CHECK(groups.device() == x.device(), "expected groups on the device of x");
 }
 
 inline void check_same_shape(const Tensor& grad, const Tensor& x) {
-  STD_TORCH_CHECK(shape_of(grad) == shape_of(x), "expected grad of shape ", shape_of(x), ", got ",
-                  shape_of(grad));
+  STD_TORCH_CHECK(shape_of(grad) == shape_of(x), "expected grad of shape ", shape_of(x), ", got ", shape_of(grad));
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "expected grad of ", x.scalar_type(), ", got ",
                   grad.scalar_type());
 }

@@ -26,9 +26,8 @@ namespace {
 
 // Responsibilities [M] of the point x in the one-dimensional mixture with these [M] parameters, components as
 // given.
-std::vector<double> point_responsibilities(double x, const std::vector<double>& prior,
-                                           const std::vector<double>& mean, const std::vector<double>& var,
-                                           double eps) {
+std::vector<double> point_responsibilities(double x, const std::vector<double>& prior, const std::vector<double>& mean,
+                                           const std::vector<double>& var, double eps) {
   const size_t components = prior.size();
   if (components < 1 || components > kMaxComponents || mean.size() != components || var.size() != components)
     throw std::invalid_argument("expected prior, mean and var of one length from 1 to 16, got " +
@@ -44,8 +43,8 @@ std::vector<double> point_responsibilities(double x, const std::vector<double>& 
   }
   LogOdds<double, kMaxComponents> odds;
   double p[kMaxComponents];
-  if (log_odds(odds, sorted_prior.data(), sorted_mean.data(), sorted_var.data(), static_cast<int>(components),
-               eps, 0, false))
+  if (log_odds(odds, sorted_prior.data(), sorted_mean.data(), sorted_var.data(), static_cast<int>(components), eps, 0,
+               false))
     responsibilities<true>(odds, x, p);
   else
     responsibilities<false>(odds, x, p);

@@ -170,8 +170,7 @@ CBN_INLINE void accumulate(Moments<T, M>& sums, const T (&p)[M], T z) {
 }
 
 // mean = origin + first / mass, var = second / mass - (first / mass)^2; NaN passes.
-CBN_INLINE void mean_and_variance(double mass, double first, double second, double origin, double& mean,
-                                  double& var) {
+CBN_INLINE void mean_and_variance(double mass, double first, double second, double origin, double& mean, double& var) {
   const double deviation = first / mass;
   mean = origin + deviation;
   var = second / mass - deviation * deviation;
@@ -189,9 +188,7 @@ struct Branches {
   T offset[M];  // beta - (mu - origin) gamma r
 };
 
-CBN_INLINE double branch_scale(double weight, double var, double eps) {
-  return weight / std::sqrt(var + eps);
-}
+CBN_INLINE double branch_scale(double weight, double var, double eps) { return weight / std::sqrt(var + eps); }
 
 CBN_INLINE double branch_offset(double scale, double bias, double mean, double origin) {
   return bias - (mean - origin) * scale;
@@ -260,8 +257,8 @@ CBN_INLINE double variance_gradient(double scale, double grad_weight, double var
 }
 
 template <bool kBounded, class T, int M>
-CBN_INLINE T input_gradient(const LogOdds<T, M>& odds, const InputGradient<T, M>& in, const T (&p)[M], T z,
-                            T g, bool detach_responsibility) {
+CBN_INLINE T input_gradient(const LogOdds<T, M>& odds, const InputGradient<T, M>& in, const T (&p)[M], T z, T g,
+                            bool detach_responsibility) {
   T f[M];
   T direct, mean_f;
   CBN_UNROLL

@@ -37,10 +37,7 @@ def main() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True, layout="constrained")
     for axis in axes:
         bins = torch.linspace(-3.2, 6.2, 95).numpy()
-        weights = [
-            torch.full_like(part, 1 / (len(values) * (bins[1] - bins[0]))).numpy()
-            for part in (frequent, rare)
-        ]
+        weights = [torch.full_like(part, 1 / (len(values) * (bins[1] - bins[0]))).numpy() for part in (frequent, rare)]
         axis.hist(
             [frequent.numpy(), rare.numpy()], bins, weights=weights, stacked=True, color=[HEAD, TAIL], alpha=0.45,
             label=["frequent classes", "rare classes"],
@@ -48,14 +45,10 @@ def main() -> None:
         axis.set_xlabel("feature")
         axis.set_yticks([])
         axis.spines[["top", "right", "left"]].set_visible(False)
-    axes[0].plot(
-        x, density(x, batch.running_mean, batch.running_var), color="black", label="its one Gaussian"
-    )
+    axes[0].plot(x, density(x, batch.running_mean, batch.running_var), color="black", label="its one Gaussian")
     axes[0].set_title("Batch normalization")
     for m in range(compound.num_components):
-        prior, mean, var = (
-            t[m, 0] for t in (compound.running_prior, compound.running_mean, compound.running_var)
-        )
+        prior, mean, var = (t[m, 0] for t in (compound.running_prior, compound.running_mean, compound.running_var))
         axes[1].plot(x, prior * density(x, mean, var), color=COMPONENTS[m], label=f"component {m + 1}")
     axes[1].set_title("Compound batch normalization, M = 4")
     for axis in axes:

@@ -5,6 +5,7 @@ so loosely that the responsibilities are really mixed.
 """
 
 import functools
+import math
 import zlib
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -141,9 +142,7 @@ def run(case: Case, backend: str) -> Results:
     return Results(y.detach(), *grads, *(running if case.training else (None, None, None)))
 
 
-QUANTITIES = Results(
-    "output", "grad_input", "grad_affine", "grad_affine", "statistics", "statistics", "statistics"
-)
+QUANTITIES = Results("output", "grad_input", "grad_affine", "grad_affine", "statistics", "statistics", "statistics")
 
 
 def assert_results(
@@ -153,10 +152,14 @@ def assert_results(
     if case.mode == "joint":
         # l is a sum over the channels; 8 of them still fit the allowance for one.
         amplification *= max(1, case.shape[1] / 8)
+    # Sums and means of values of order one can cancel; their errors are measured against what is to be expected.
+    points = math.prod(case.shape) // case.shape[1]
+    usual = {"grad_weight": (points / case.components) ** 0.5, "running_mean": 0.5}
+    usual["grad_bias"] = usual["grad_weight"]
     for name, a, w, quantity in zip(Results._fields, actual, wanted, QUANTITIES, strict=True):
         assert (a is None) == (w is None), name
         if a is not None:
-            assert_close(a, w.double(), quantity, case.dtype, amplification, storage_roundings)
+            assert_close(a, w.double(), quantity, case.dtype, amplification, storage_roundings, usual.get(name, 0.0))
 
 
 def with_layout(x: Tensor, layout: str) -> Tensor:
@@ -180,13 +183,24 @@ def with_layout(x: Tensor, layout: str) -> Tensor:
 def _table() -> list[Case]:
     float16, bfloat16, float64 = torch.float16, torch.bfloat16, torch.float64
     base = Case()
-    compound = [replace(base, mode=mode, training=training) for mode in ("channel", "joint") for training in (True, False)]
+    compound = [
+        replace(base, mode=mode, training=training) for mode in ("channel", "joint") for training in (True, False)
+    ]
     modes = [*compound, replace(base, mode="split")]
     cases = list(modes)
     # Fast paths 1, 2, 4, 8 of the native operator, and the numbers between and above them.
     cases += [replace(mode, components=m) for mode in modes for m in (1, 2, 3, 5, 8, 16)]
     # One vector, its tails, several blocks; few and many channels, also channels_last, where C is the inner loop.
-    shapes = [(19, 3), (33, 17), (5, 3, 7), (2, 3, 3, 4, 5), (1, 2, 5, 3), (3, 1, 1, 17), (2, 64, 3, 3), (7, 3, 64, 65)]
+    shapes = [
+        (19, 3),
+        (33, 17),
+        (5, 3, 7),
+        (2, 3, 3, 4, 5),
+        (1, 2, 5, 3),
+        (3, 1, 1, 17),
+        (2, 64, 3, 3),
+        (7, 3, 64, 65),
+    ]
     cases += [replace(mode, shape=shape) for mode in modes for shape in shapes]
     cases += [replace(mode, shape=shape, layout="channels_last") for mode in modes for shape in shapes]
     cases += [replace(mode, layout=layout) for mode in modes for layout in ("sliced", "transposed", "expanded")]

@@ -92,10 +92,8 @@ def train_step(
 ) -> Step:
     """One training step; `groups` (N,) selects the split path, which takes no prior. Any dtype in, float64 out."""
     x, prior, mean, var, weight, bias = double(x, prior, mean, var, weight, bias)
-    if groups is None:
-        p = posterior(x, prior, mean, var, eps, responsibility)
-    else:
-        p = indicator(x, groups, mean.shape[0])
+    compound = groups is None
+    p = posterior(x, prior, mean, var, eps, responsibility) if compound else indicator(x, groups, mean.shape[0])
     if detach_responsibility:
         p = p.detach()
 

@@ -23,9 +23,7 @@ def time_row(**changes) -> TimeRow:
 
 
 def memory_row(**changes) -> MemoryRow:
-    return replace(
-        MemoryRow(OURS, "2x3x4x4", "float32", "contiguous", 4, "mixed", 1000, 100, None), **changes
-    )
+    return replace(MemoryRow(OURS, "2x3x4x4", "float32", "contiguous", 4, "mixed", 1000, 100, None), **changes)
 
 
 @pytest.mark.parametrize(
@@ -49,9 +47,7 @@ def test_summary_of_nothing_is_an_error():
 @pytest.mark.parametrize(("direction", "expected"), [(FORWARD, 2.0), (BACKWARD, 3.0), (BOTH, 5.0)])
 def test_gigabytes_per_second_counts_reads_and_writes_of_whole_tensors(direction, expected):
     # 1 MB a millisecond is 1 GB/s.
-    assert harness.gigabytes_per_second(direction, tensor_bytes=10**6, microseconds=1000.0) == pytest.approx(
-        expected
-    )
+    assert harness.gigabytes_per_second(direction, tensor_bytes=10**6, microseconds=1000.0) == pytest.approx(expected)
 
 
 def test_wall_clock_adds_up_and_runs_the_directions_in_order():
@@ -317,10 +313,7 @@ def test_a_comparison_needs_the_batch_norm_it_relates_to():
 def test_comparison_gives_a_row_for_each_member_and_direction(monkeypatch):
     def three_steps(workloads):
         microseconds = {OURS: 30.0, BATCHNORM: 10.0}
-        return {
-            key: {d: harness.Summary(microseconds[key[0]], 9.0, 40.0, 3) for d in DIRECTIONS}
-            for key in workloads
-        }
+        return {key: {d: harness.Summary(microseconds[key[0]], 9.0, 40.0, 3) for d in DIRECTIONS} for key in workloads}
 
     monkeypatch.setattr("bench.compare.time_interleaved", three_steps)
     times, memory = compare(Comparison(SMALL, ((OURS, 4), (BATCHNORM, 1))))

@@ -160,9 +160,7 @@ class TestResolve:
             (True, "13.0", [], "this version of cbn_ext has no CUDA kernels yet"),
         ],
     )
-    def test_force_cuda_1_fails_rather_than_build_without(
-        self, machine, monkeypatch, with_toolkit, cuda, kernels, why
-    ):
+    def test_force_cuda_1_fails_rather_than_build_without(self, machine, monkeypatch, with_toolkit, cuda, kernels, why):
         if with_toolkit:
             make_toolkit(machine / "usual" / "cuda")
         monkeypatch.setenv("FORCE_CUDA", "1")
@@ -171,9 +169,7 @@ class TestResolve:
 
     def test_force_cuda_takes_no_other_value(self, machine, monkeypatch):
         monkeypatch.setenv("FORCE_CUDA", "yes")
-        with pytest.raises(
-            SystemExit, match="expected FORCE_CUDA=0, FORCE_CUDA=1 or nothing, got FORCE_CUDA=yes"
-        ):
+        with pytest.raises(SystemExit, match="expected FORCE_CUDA=0, FORCE_CUDA=1 or nothing, got FORCE_CUDA=yes"):
             self.resolve()
 
 
@@ -191,9 +187,7 @@ class TestCompiler:
         assert os.environ["CXX"] == "ccache g++-13"
 
     def test_none_on_path(self, machine):
-        with pytest.raises(
-            SystemExit, match=r"no C\+\+ compiler: looked for c\+\+, g\+\+, clang\+\+ on PATH"
-        ):
+        with pytest.raises(SystemExit, match=r"no C\+\+ compiler: looked for c\+\+, g\+\+, clang\+\+ on PATH"):
             resolve.choose_compiler()
 
     def test_build_without_compiler_fails(self, tmp_path):
@@ -306,9 +300,7 @@ class TestMake:
     def make(self, checkout, *arguments):
         """What Python was asked to do by one call of make."""
         (checkout / "calls").write_text("")
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "VENV"))
-        }
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "VENV"))}
         subprocess.run(
             ["make", f"PYTHON={checkout / 'fake_python'}", *arguments],
             cwd=checkout,
@@ -351,16 +343,12 @@ class TestMake:
 
     def test_old_python_is_refused(self, checkout):
         write_script(checkout / "fake_python", 'exec python3 -c "import sys; sys.version_info = (3, 9); $2"')
-        made = subprocess.run(
-            ["make", "test", "PYTHON=./fake_python"], cwd=checkout, capture_output=True, text=True
-        )
+        made = subprocess.run(["make", "test", "PYTHON=./fake_python"], cwd=checkout, capture_output=True, text=True)
         assert made.returncode == 2
         assert "cbn_ext needs Python 3.10 or newer; ./fake_python is " in made.stderr
 
     def test_missing_python_is_named(self, checkout):
-        made = subprocess.run(
-            ["make", "test", "PYTHON=no_python"], cwd=checkout, capture_output=True, text=True
-        )
+        made = subprocess.run(["make", "test", "PYTHON=no_python"], cwd=checkout, capture_output=True, text=True)
         assert made.returncode == 2
         assert "cbn_ext needs Python 3.10 or newer; no_python was not found" in made.stderr
 

@@ -156,7 +156,11 @@ def test_torchvision_network():
 
 def test_options_reach_the_layers():
     net = convert_compound_batchnorm(
-        nn.Sequential(nn.BatchNorm2d(5)), 2, responsibility="joint", detach_responsibility=True, affine_init="unit"
+        nn.Sequential(nn.BatchNorm2d(5)),
+        2,
+        responsibility="joint",
+        detach_responsibility=True,
+        affine_init="unit",
     )
     assert net[0].num_components == 2 and net[0].responsibility == "joint" and net[0].detach_responsibility
     assert net[0].running_prior.shape == (2,) and net[0].affine_init == "unit"

@@ -42,7 +42,10 @@ def sklearn_statistics(x, prior, mean, var, responsibility):
         channels = [
             sklearn_step(points[:, [c]], prior[:, c], mean[:, [c]], var[:, [c]]) for c in range(points.shape[1])
         ]
-        steps = (np.stack([c[0] for c in channels], 1), *(np.concatenate([c[i] for c in channels], 1) for i in (1, 2)))
+        steps = (
+            np.stack([c[0] for c in channels], 1),
+            *(np.concatenate([c[i] for c in channels], 1) for i in (1, 2)),
+        )
     return tuple(torch.from_numpy(s) for s in steps)
 
 
@@ -52,7 +55,9 @@ def layer_from(case, momentum, eps, **options):
     layer = CompoundBatchNorm2d(
         x.shape[1], case.components, eps, momentum, responsibility=case.mode, dtype=torch.float64, **options
     )
-    for buffer, value in zip((layer.running_prior, layer.running_mean, layer.running_var), (prior, mean, var), strict=True):
+    for buffer, value in zip(
+        (layer.running_prior, layer.running_mean, layer.running_var), (prior, mean, var), strict=True
+    ):
         buffer.copy_(value)
     return layer, x
 
@@ -78,9 +83,7 @@ def test_one_step_is_scikit_learns(backend_name, responsibility, components):
 @pytest.mark.parametrize("responsibility", ["channel", "joint"])
 def test_oracle_step_is_scikit_learns(responsibility):
     x, _, _, prior, mean, var, _, _ = Case((8, 3, 9, 7), 4, responsibility, dtype=torch.float64).arguments()
-    step = oracle.train_step(
-        x, prior, mean, var, None, None, momentum=1.0, eps=EPS, responsibility=responsibility
-    )
+    step = oracle.train_step(x, prior, mean, var, None, None, momentum=1.0, eps=EPS, responsibility=responsibility)
     wanted = sklearn_statistics(x, prior, mean, var, responsibility)
     for actual, expected in zip((step.running_prior, step.mean, step.var), wanted, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
@@ -101,9 +104,7 @@ def test_ten_steps_never_lower_the_likelihood(backend_name, responsibility, comp
     points = x.numel() // x.shape[1]
 
     def likelihood():
-        return oracle.log_likelihood(
-            x, layer.running_prior, layer.running_mean, layer.running_var, eps, responsibility
-        )
+        return oracle.log_likelihood(x, layer.running_prior, layer.running_mean, layer.running_var, eps, responsibility)
 
     likelihoods = [likelihood()]
     for _ in range(10):

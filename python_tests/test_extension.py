@@ -48,9 +48,7 @@ def test_import_without_library_warns_once_and_falls_back(tmp_path, library, err
         shutil.copy(source, package)
     if library:
         (package / "_C.abi3.so").write_text(library)
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True, check=True)
     warned, available, works, refused = run.stdout.splitlines()
     assert re.fullmatch(
         rf"\['cbn_ext: no native libraries, the slower PyTorch reference is used instead: {error}'\]", warned
@@ -77,9 +75,7 @@ def test_build_info():
 
 def test_build_info_is_printed(capsys):
     runpy.run_module("cbn_ext", run_name="__main__")
-    printed = dict(
-        line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if " " in line.strip()
-    )
+    printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if " " in line.strip())
     assert printed["version"] == "0.1.0"
     assert printed["backends"] == "native, reference"
     assert printed["resolved"] == cbn_ext.build_info()["resolved"]

@@ -18,7 +18,9 @@ MODES = [
     ("reference", "joint"),
     ("reference", "split"),
 ]
-PASSES = [(backend, mode, training) for backend, mode in MODES for training in (True, False) if training or mode != "split"]
+PASSES = [
+    (backend, mode, training) for backend, mode in MODES for training in (True, False) if training or mode != "split"
+]
 passes = pytest.mark.parametrize(
     ("backend_name", "mode", "training"),
     PASSES,
@@ -124,7 +126,9 @@ def test_detaching_changes_the_gradient(backend):
     assert (grads[0] - grads[1]).norm() > 0.1 * grads[0].norm()
 
 
-@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)])
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)]
+)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_only_what_is_asked_for(backend, wanted, training):
     """Frozen parameters or an input that needs no gradient: the others' gradients stay the same."""

@@ -206,7 +206,9 @@ def test_narrow_input_keeps_a_wide_state(backend, dtype):
     y = layer((1 + 2 * torch.randn(4, 5, 6, 6)).to(dtype))
     y.sum().backward()
     assert y.dtype == dtype
-    assert {t.dtype for t in (layer.weight.grad, layer.bias.grad, *(getattr(layer, n) for n in RUNNING))} == {torch.float32}
+    assert {t.dtype for t in (layer.weight.grad, layer.bias.grad, *(getattr(layer, n) for n in RUNNING))} == {
+        torch.float32
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -255,9 +257,9 @@ def test_state_dict_round_trip(responsibility):
 def test_state_of_other_components_is_refused():
     with pytest.raises(RuntimeError, match="size mismatch"):
         CompoundBatchNorm2d(5, 3).load_state_dict(CompoundBatchNorm2d(5, 4).state_dict())
-    with pytest.raises(RuntimeError, match="Missing key.*running_prior"):
-        state = CompoundBatchNorm2d(5, 4).state_dict()
-        del state["running_prior"]
+    state = CompoundBatchNorm2d(5, 4).state_dict()
+    del state["running_prior"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*running_prior"):
         CompoundBatchNorm2d(5, 4).load_state_dict(state)
 
 
@@ -272,7 +274,9 @@ def test_batchnorm_checkpoint_loads(layer, norm, affine, track):
         nn.init.normal_(parameter)
     for _ in range(3):
         theirs(3 + 2 * torch.randn(8, 5, *[4] * dims, dtype=torch.float64))
-    ours = nn.Sequential(layer(5, affine=affine, track_running_stats=track, affine_init="preserve", dtype=torch.float64))
+    ours = nn.Sequential(
+        layer(5, affine=affine, track_running_stats=track, affine_init="preserve", dtype=torch.float64)
+    )
     checkpoint = theirs.state_dict()
     keys = list(checkpoint)
     ours.load_state_dict(checkpoint)

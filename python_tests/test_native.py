@@ -1,4 +1,4 @@
-"""The native CPU operators: results, opcheck, memory formats without copies, threads, instruction sets, huge tensors."""
+"""The native CPU operators: results, opcheck, formats without copies, threads, instruction sets, huge tensors."""
 
 import os
 import subprocess
@@ -162,7 +162,9 @@ def test_backward_refuses_what_does_not_fit(position, wrong, message):
         OPS.backward(*arguments)
 
 
-@pytest.mark.parametrize(("position", "name"), [(0, "prior"), (2, "var"), (3, "batch_mass"), (4, "batch_mean"), (5, "batch_var")])
+@pytest.mark.parametrize(
+    ("position", "name"), [(0, "prior"), (2, "var"), (3, "batch_mass"), (4, "batch_mean"), (5, "batch_var")]
+)
 def test_update_refuses_what_does_not_fit(position, name):
     arguments = [torch.ones(4, 5) for _ in range(6)]
     arguments[position] = torch.ones(4, 6)
@@ -173,7 +175,7 @@ def test_update_refuses_what_does_not_fit(position, name):
 def test_joint_mode_is_refused_by_name():
     """Asked for the native operator, one is not given the reference silently; "auto" chooses by itself."""
     x, _, _, *running, weight, bias = Case(mode="joint").arguments()
-    with pytest.raises(NotImplementedError, match="native.*joint"):
+    with pytest.raises(NotImplementedError, match=r"native.*joint"):
         compound_batch_norm(x, *running, weight, bias, responsibility="joint")
     with cbn_ext.use_backend("auto"):
         assert compound_batch_norm(x, *running, weight, bias, responsibility="joint").shape == x.shape

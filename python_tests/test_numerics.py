@@ -82,7 +82,9 @@ def test_mean_of_ten_thousand_deviations(backend, memory_format, components):
     ours = CompoundBatchNorm2d(64, components)
     ours.load_state_dict(norm.state_dict())
     allowed = step_errors(norm, copy.deepcopy(norm).double(), x, grad)
-    output, by_input, by_weight, by_bias = step_errors(ours, Oracle(ours), x.contiguous(memory_format=memory_format), grad)
+    output, by_input, by_weight, by_bias = step_errors(
+        ours, Oracle(ours), x.contiguous(memory_format=memory_format), grad
+    )
     assert output <= 1.1 * allowed[0]
     assert by_input <= (1.1 * allowed[1] if components == 1 else allowed[0])
     assert by_weight <= 2 * allowed[2]  # one number per component: fewer points average the error

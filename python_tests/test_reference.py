@@ -24,9 +24,7 @@ def test_forward_returns_the_batch_statistics(mode, data):
     y, mass, batch_mean, batch_var = reference.forward(
         x, groups, prior, mean, var, weight, bias, training=True, eps=EPS, responsibility=responsibility
     )
-    step = oracle.train_step(
-        x, prior, mean, var, weight, bias, groups=groups, eps=EPS, responsibility=responsibility
-    )
+    step = oracle.train_step(x, prior, mean, var, weight, bias, groups=groups, eps=EPS, responsibility=responsibility)
     assert_close(y, step.y, "output", x.dtype)
     for actual, wanted in ((mass, step.mass), (batch_mean, step.mean), (batch_var, step.var)):
         assert_close(actual, wanted, "statistics", x.dtype)
@@ -41,7 +39,12 @@ def test_forward_returns_the_batch_statistics(mode, data):
 def test_forward_is_plain_autograd(responsibility, detach, training):
     """The closed-form backward of the functions equals autograd's through `reference.forward` itself."""
     case = Case(
-        mode=responsibility, components=3, training=training, dtype=torch.float64, detach=detach, shape=(3, 2, 5)
+        mode=responsibility,
+        components=3,
+        training=training,
+        dtype=torch.float64,
+        detach=detach,
+        shape=(3, 2, 5),
     )
     x, grad, groups, *running, weight, bias = case.arguments()
     leaves = [t.requires_grad_() for t in (x, weight, bias)]

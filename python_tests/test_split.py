@@ -53,7 +53,7 @@ def test_class_groups_refuses_empty_groups(classes, groups):
 
 
 def test_class_groups_refuses_an_unknown_order():
-    with pytest.raises(ValueError, match="contiguous.*interleaved.*'?random'?"):
+    with pytest.raises(ValueError, match=r"contiguous.*interleaved.*'?random'?"):
         class_groups(10, 4, order="random")
 
 
@@ -184,6 +184,7 @@ def test_layer_without_tracking(backend):
 
 def test_context_reaches_every_layer_below(backend):
     """A network's forward signature does not change; both paths go through the same weights."""
+
     def conv():
         return nn.Conv2d(4, 4, 3, padding=1)
 
@@ -261,7 +262,7 @@ def test_groups_out_of_range(backend, bad):
 
 
 def test_wrong_number_of_groups(backend):
-    with split_path(torch.tensor([0, 1])), pytest.raises((RuntimeError, ValueError), match="3.*2"):
+    with split_path(torch.tensor([0, 1])), pytest.raises((RuntimeError, ValueError), match=r"3.*2"):
         CompoundBatchNorm2d(3, 4)(torch.randn(3, 3, 4, 4))
 
 
@@ -277,5 +278,10 @@ def test_wrong_groups(backend, groups):
 def test_groups_on_another_device(backend):
     with pytest.raises(RuntimeError, match="meta"):
         split_batch_norm(
-            torch.randn(2, 3), torch.tensor([0, 1], device="meta"), torch.zeros(2, 3), torch.ones(2, 3), None, None
+            torch.randn(2, 3),
+            torch.tensor([0, 1], device="meta"),
+            torch.zeros(2, 3),
+            torch.ones(2, 3),
+            None,
+            None,
         )

@@ -129,9 +129,7 @@ def test_a_group_of_options_from_a_file_of_its_own(tmp_path):
 def test_values_are_plain():
     """What safe YAML and safe checkpoints can hold, not the parser's own types."""
     config = asdict(parse("--epochs=5", "--optimizer.lr=0.1", "--data.ratio=3"))
-    values = [
-        v for value in config.values() for v in (value.values() if isinstance(value, dict) else [value])
-    ]
+    values = [v for value in config.values() for v in (value.values() if isinstance(value, dict) else [value])]
     assert {type(value) for value in values} <= {str, int, float, bool, type(None)}
 
 

@@ -104,9 +104,7 @@ def test_digits_depend_on_the_seed():
 
 
 def test_ratio_that_leaves_a_class_empty():
-    with pytest.raises(
-        UserError, match=r"data.ratio 200 leaves 1 of 10 classes without an image \(9\).*at most 120"
-    ):
+    with pytest.raises(UserError, match=r"data.ratio 200 leaves 1 of 10 classes without an image \(9\).*at most 120"):
         load_data(DataConfig(ratio=200))
 
 
@@ -158,9 +156,7 @@ def test_every_mode_is_read_as_rgb(tmp_path):
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(
-        UserError, match=re.escape(f"no folder {tmp_path / 'train'}; expected train/<class>/")
-    ):
+    with pytest.raises(UserError, match=re.escape(f"no folder {tmp_path / 'train'}; expected train/<class>/")):
         load_data(DataConfig(root=str(tmp_path)))
 
 
@@ -193,9 +189,7 @@ def test_images_of_different_sizes(folder):
 
 
 def test_images_that_do_not_fit_into_memory(folder):
-    with pytest.raises(
-        UserError, match=r"42 images of 9×7 need .* GiB of memory, data.memory_gib allows 1e-09"
-    ):
+    with pytest.raises(UserError, match=r"42 images of 9×7 need .* GiB of memory, data.memory_gib allows 1e-09"):
         load_data(DataConfig(root=str(folder), ratio=1, memory_gib=1e-9))
 
 
@@ -264,17 +258,14 @@ def test_batches_cover_the_epoch_in_equal_parts():
     assert sorted(map(len, epoch)) == [43, 43, 44]
     assert sorted(index for batch in epoch for _, index in batch) == list(range(130))
     batches.epoch = 1
-    assert [index for batch in batches for _, index in batch] != [
-        index for batch in epoch for _, index in batch
-    ]
+    assert [index for batch in batches for _, index in batch] != [index for batch in epoch for _, index in batch]
     assert {e for batch in batches for e, _ in batch} == {1}
 
 
 def test_workers_make_the_same_views():
     dataset = AugmentedImages(gray_images(), digit_views(8, 8), seed=0)
     here, elsewhere = (
-        list(training_loader(dataset, EpochBatches(10, 4, seed=0), workers, pin_memory=False))
-        for workers in (0, 1)
+        list(training_loader(dataset, EpochBatches(10, 4, seed=0), workers, pin_memory=False)) for workers in (0, 1)
     )
     for a, b in zip(here, elsewhere, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

@@ -324,13 +324,9 @@ def test_cuda_where_there_is_none(tmp_path):
 
 
 def test_user_errors_leave_no_traceback(tmp_path):
-    result = subprocess.run(
-        command("--data.root=nowhere"), cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run(command("--data.root=nowhere"), cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith(
-        f"error: data.root: there is no folder {ROOT}/nowhere/train"
-    )
+    assert result.stderr.splitlines()[-1].startswith(f"error: data.root: there is no folder {ROOT}/nowhere/train")
     assert "Traceback" not in result.stderr
 
 

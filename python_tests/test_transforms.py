@@ -9,7 +9,13 @@ from cases import Case
 from tolerances import assert_close
 from torch import nn
 
-from cbn_ext import CompoundBatchNorm1d, CompoundBatchNorm2d, compound_batch_norm, split_batch_norm, split_path
+from cbn_ext import (
+    CompoundBatchNorm1d,
+    CompoundBatchNorm2d,
+    compound_batch_norm,
+    split_batch_norm,
+    split_path,
+)
 
 paths = pytest.mark.parametrize("path", ["compound", "split", "evaluation"])
 

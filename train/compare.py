@@ -32,9 +32,7 @@ ROWS = {
 FIGURES = ("overall", "many", "medium", "few", "worst")
 
 
-def run_row(
-    row: str, seed: int, folder: RunFolder, options: list[str], console: Console
-) -> list[dict[str, Any]]:
+def run_row(row: str, seed: int, folder: RunFolder, options: list[str], console: Console) -> list[dict[str, Any]]:
     """The records of one run: of what is in the folder if that is complete, else gone on with or begun.
 
     Raises:
@@ -55,9 +53,7 @@ def run_row(
 def csv_row(row: str, seed: int, records: list[dict[str, Any]]) -> dict[str, Any]:
     """One run as a line of the CSV file: fractions, empty for an absent group; seconds of training."""
     *epochs, final = records
-    figures = {
-        f"{checkpoint}_{name}": final[checkpoint][name] for checkpoint in ("last", "best") for name in FIGURES
-    }
+    figures = {f"{checkpoint}_{name}": final[checkpoint][name] for checkpoint in ("last", "best") for name in FIGURES}
     seconds = round(sum(record["seconds"] for record in epochs), 1)
     return {"row": row, "seed": seed, **figures, "best_epoch": final["best"]["epoch"], "seconds": seconds}
 

@@ -169,8 +169,7 @@ def resolve(config: Config) -> Config:
     split = splittable if config.split is None else config.split
     if split and not splittable:
         raise UserError(
-            f"split is true, which needs norm compound and paths dual, got norm {config.norm} "
-            f"and paths {config.paths}"
+            f"split is true, which needs norm compound and paths dual, got norm {config.norm} and paths {config.paths}"
         )
     if config.optimizer.warmup_epochs >= config.epochs:
         raise UserError(
@@ -188,9 +187,7 @@ def resolve(config: Config) -> Config:
     return replace(config, split=split, threads=threads, compound=compound, data=data)
 
 
-def differing_fields(
-    first: dict[str, Any], second: dict[str, Any], prefix: str = ""
-) -> list[tuple[str, Any, Any]]:
+def differing_fields(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     """Dotted name and both values of every field in which two nested dictionaries differ."""
     differences = []
     for key in first | second:

@@ -143,9 +143,7 @@ class Trainer:
         self.model.train()
         self.batches.epoch = epoch
         for step, (*views, labels) in enumerate(self.loader, start=epoch * steps):
-            lr = learning_rate(
-                config.optimizer, step, config.epochs * steps, config.optimizer.warmup_epochs * steps
-            )
+            lr = learning_rate(config.optimizer, step, config.epochs * steps, config.optimizer.warmup_epochs * steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             labels = labels.to(self.device, non_blocking=True)
@@ -228,9 +226,7 @@ class Trainer:
             return
         state = self.folder.load(self.folder.last, self.config)
         if (state["classes"], state["counts"]) != (self.data.classes, self.counts.tolist()):
-            raise UserError(
-                f"{self.folder.last} was trained on other images: their classes or numbers have changed"
-            )
+            raise UserError(f"{self.folder.last} was trained on other images: their classes or numbers have changed")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.history = state["history"]

@@ -11,9 +11,7 @@ FEW_BELOW = 20
 
 def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
     """Images by true class (rows) and predicted class (columns): (N,), (N,) -> (K, K) integers."""
-    return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).view(
-        num_classes, num_classes
-    )
+    return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def class_accuracy(confusion: Tensor) -> Tensor:

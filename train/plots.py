@@ -37,9 +37,7 @@ class LayerFeatures(NamedTuple):
 
 
 @torch.no_grad()
-def layer_features(
-    model: nn.Module, images: Tensor, layers: int = 3, channels: int = 3
-) -> list[LayerFeatures]:
+def layer_features(model: nn.Module, images: Tensor, layers: int = 3, channels: int = 3) -> list[LayerFeatures]:
     """Features of evenly spaced channels of evenly spaced normalization layers, the first and the last among
     them.
 
@@ -83,12 +81,8 @@ def learning_curves(history: list[dict[str, Any]], best_epoch: int) -> Figure:
     for name, colour in zip(terms, (INK, *PALETTE), strict=False):
         losses.plot(epochs, [record[name] for record in history], color=colour, label=named[name])
     losses.set(xlabel="epoch", ylabel="loss")
-    accuracies.plot(
-        epochs, [r["accuracy"] for r in history], color=PALETTE[0], label="training, strong views"
-    )
-    accuracies.plot(
-        epochs, [r["validation"] for r in history], color=PALETTE[1], label="validation, mean of classes"
-    )
+    accuracies.plot(epochs, [r["accuracy"] for r in history], color=PALETTE[0], label="training, strong views")
+    accuracies.plot(epochs, [r["validation"] for r in history], color=PALETTE[1], label="validation, mean of classes")
     accuracies.axvline(best_epoch, color=INK, linestyle=":", label="best on validation")
     accuracies.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.02))
     for axes in (losses, accuracies):
@@ -109,9 +103,7 @@ def class_accuracies(classes: list[str], counts: Tensor, per_class: list[float])
             axes.scatter(x, y, s=60, color=GROUP_COLOURS[name], label=name, zorder=3)
     if len(classes) <= LABELLED_CLASSES:
         for name, count, value in zip(classes, counts.tolist(), per_class, strict=True):
-            axes.annotate(
-                name, (count, value), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9
-            )
+            axes.annotate(name, (count, value), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9)
     axes.set(xscale="log", xlabel="training images of the class", ylabel="test accuracy", ylim=(-0.03, 1.1))
     _tidy(axes)
     figure.legend(frameon=False, loc="outside right upper")
@@ -151,9 +143,7 @@ def feature_histograms(features: list[LayerFeatures]) -> Figure:
             low, high = layer.values[i].quantile(torch.tensor([0.001, 0.999])).tolist()
             margin = 0.1 * (high - low) + EPS
             limits = (low - margin, high + margin)
-            bars, *_ = axes.hist(
-                layer.values[i].numpy(), bins=80, range=limits, density=True, color="#ccd6de"
-            )
+            bars, *_ = axes.hist(layer.values[i].numpy(), bins=80, range=limits, density=True, color="#ccd6de")
             x = torch.linspace(*limits, 400)
             density = mixture_density(layer, i, x)
             for m, curve in enumerate(density):

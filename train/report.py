@@ -66,9 +66,7 @@ def report_page(
     """
     classes, counts = data.classes, data.counts
     sections = [
-        _section(
-            "Test accuracy", "The test set is looked at once, when the training has ended.", _table(final)
-        ),
+        _section("Test accuracy", "The test set is looked at once, when the training has ended.", _table(final)),
         _section(
             "Learning curves",
             "The validation images are taken out of the training set.",

@@ -58,9 +58,7 @@ def train(config: Config, folder: RunFolder, resume: bool, console: Console) -> 
 
 def _describe(trainer: Trainer, console: Console) -> None:
     config, data, counts = trainer.config, trainer.data, trainer.data.counts
-    say = partial(
-        console.print, markup=False, soft_wrap=True
-    )  # names may hold brackets; paths are to be copied
+    say = partial(console.print, markup=False, soft_wrap=True)  # names may hold brackets; paths are to be copied
     say(
         f"{data.name}: {int(counts.sum())} training images of {len(data.classes)} classes, "
         f"{int(counts.max())} to {int(counts.min())} a class; {len(data.validation.labels)} of them "
@@ -70,13 +68,8 @@ def _describe(trainer: Trainer, console: Console) -> None:
     if config.norm == "compound":
         norm = f"compound batch normalization (M={config.compound.num_components})"
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    paths = {"single": "one path", "dual": "two paths"}[config.paths] + (
-        ", one of them split" if config.split else ""
-    )
-    say(
-        f"ResNet-{config.depth} with {norm}, {parameters / 1e6:.2f} M parameters; {paths}; "
-        f"on {trainer.device}"
-    )
+    paths = {"single": "one path", "dual": "two paths"}[config.paths] + (", one of them split" if config.split else "")
+    say(f"ResNet-{config.depth} with {norm}, {parameters / 1e6:.2f} M parameters; {paths}; on {trainer.device}")
     say(f"run in {trainer.folder.path}")
     if trainer.history:
         say(f"resumed after epoch {len(trainer.history)}")

@@ -54,9 +54,7 @@ struct Plan {
   }
 
   int64_t begin(int64_t split) const { return images * split / splits; }
-  int64_t channels_in(int64_t block) const {
-    return std::min(channels_of_block, channels - block * channels_of_block);
-  }
+  int64_t channels_in(int64_t block) const { return std::min(channels_of_block, channels - block * channels_of_block); }
 
   // reduce(block, split) for all splits, then finish(block), then map(block, split) for all splits. A block
   // that one thread takes whole is still in its cache when it is mapped.
@@ -78,8 +76,7 @@ struct Plan {
 
 // Statistics and parameters as double, whichever of float and double they are kept in.
 double get(const Problem& p, const void* values, int64_t i) {
-  return p.element == Element::kDouble ? static_cast<const double*>(values)[i]
-                                       : static_cast<const float*>(values)[i];
+  return p.element == Element::kDouble ? static_cast<const double*>(values)[i] : static_cast<const float*>(values)[i];
 }
 
 void set(const Problem& p, void* values, int64_t i, double value) {
@@ -111,8 +108,7 @@ struct Partials {
     for (int64_t j = 0; j < channels; ++j) {
       const int64_t channel = block * plan.channels_of_block + j;
       double var[kMaxComponents];
-      for (int m = 0; m < problem.components; ++m)
-        var[m] = get(problem, problem.var, m * plan.channels + channel);
+      for (int m = 0; m < problem.components; ++m) var[m] = get(problem, problem.var, m * plan.channels + channel);
       const int widest = widest_component(var, problem.components);
       for (int k = 0; k < problem.components; ++k) {
         double totals[3] = {};
@@ -132,23 +128,19 @@ void run_forward(const Problem& p) {
   Partials partials(p, plan, p.training ? 3 : 0);
   plan.run(
       [&](int64_t block, int64_t split) {
-        if (p.training)
-          tasks.moments(p, block, plan.begin(split), plan.begin(split + 1), partials.of(block, split));
+        if (p.training) tasks.moments(p, block, plan.begin(split), plan.begin(split + 1), partials.of(block, split));
       },
       [&](int64_t block) {
         if (!p.training) return;
         partials.merge(block, [&](int64_t i, const double* totals, double origin) {
           double mean = get(p, p.mean, i), var = get(p, p.var, i);
-          if (!(totals[0] < kMassFloor))
-            mean_and_variance(totals[0], totals[1], totals[2], origin, mean, var);
+          if (!(totals[0] < kMassFloor)) mean_and_variance(totals[0], totals[1], totals[2], origin, mean, var);
           set(p, p.batch_mass, i, totals[0]);
           set(p, p.batch_mean, i, mean);
           set(p, p.batch_var, i, var);
         });
       },
-      [&](int64_t block, int64_t split) {
-        tasks.normalise(p, block, plan.begin(split), plan.begin(split + 1));
-      });
+      [&](int64_t block, int64_t split) { tasks.normalise(p, block, plan.begin(split), plan.begin(split + 1)); });
 }
 
 void run_backward(const Problem& p) {
@@ -168,9 +160,7 @@ void run_backward(const Problem& p) {
               weight_gradient(totals[0], totals[1], get(p, mean, i), origin, get(p, var, i), p.eps));
         });
       },
-      [&](int64_t block, int64_t split) {
-        tasks.input_gradient(p, block, plan.begin(split), plan.begin(split + 1));
-      });
+      [&](int64_t block, int64_t split) { tasks.input_gradient(p, block, plan.begin(split), plan.begin(split + 1)); });
 }
 
 // A row of [M, C]: what belongs to component m.
@@ -189,8 +179,8 @@ void run_groups(const Problem& p, const Tensor& groups, const Run& run) {
   const int64_t* group_of = groups.const_data_ptr<int64_t>();
   std::vector<std::vector<int64_t>> images(p.components);
   for (int64_t n = 0; n < groups.size(0); ++n) {
-    STD_TORCH_CHECK(group_of[n] >= 0 && group_of[n] < p.components, "expected groups from 0 to ",
-                    p.components - 1, ", got ", group_of[n], " for image ", n);
+    STD_TORCH_CHECK(group_of[n] >= 0 && group_of[n] < p.components, "expected groups from 0 to ", p.components - 1,
+                    ", got ", group_of[n], " for image ", n);
     images[group_of[n]].push_back(n);
   }
   for (int m = 0; m < p.components; ++m) {
@@ -241,9 +231,8 @@ struct Arguments {
   std::optional<Tensor> prior, weight, bias;
   Problem problem{};
 
-  Arguments(const Tensor& input, const OptionalTensor& groups, const OptionalTensor& prior_in,
-            const Tensor& mean_in, const Tensor& var_in, const OptionalTensor& weight_in,
-            const OptionalTensor& bias_in) {
+  Arguments(const Tensor& input, const OptionalTensor& groups, const OptionalTensor& prior_in, const Tensor& mean_in,
+            const Tensor& var_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in) {
     check_input(input);
     check_components(mean_in, kMaxComponents);
     const int64_t components = mean_in.size(0);
@@ -312,16 +301,13 @@ struct Arguments {
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& x, const OptionalTensor& groups,
                                                        const OptionalTensor& prior, const Tensor& mean,
                                                        const Tensor& var, const OptionalTensor& weight,
-                                                       const OptionalTensor& bias, bool training,
-                                                       double eps) {
+                                                       const OptionalTensor& bias, bool training, double eps) {
   Arguments arguments(x, groups, prior, mean, var, weight, bias);
   Problem& p = arguments.problem;
   Tensor y = torch::stable::empty_like(arguments.x);
   const std::vector<int64_t> shape =
       training ? std::vector<int64_t>{p.components, p.channels} : std::vector<int64_t>{0};
-  const auto statistic = [&] {
-    return torch::stable::new_empty(arguments.mean, {shape.data(), shape.size()});
-  };
+  const auto statistic = [&] { return torch::stable::new_empty(arguments.mean, {shape.data(), shape.size()}); };
   Tensor mass = statistic(), batch_mean = statistic(), batch_var = statistic();
   p.out = y.mutable_data_ptr();
   p.batch_mass = mass.mutable_data_ptr();
@@ -333,13 +319,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& x, const Op
   return {y, mass, batch_mean, batch_var};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad, const Tensor& x,
-                                                const OptionalTensor& groups, const OptionalTensor& prior,
-                                                const Tensor& mean, const Tensor& var,
+std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad, const Tensor& x, const OptionalTensor& groups,
+                                                const OptionalTensor& prior, const Tensor& mean, const Tensor& var,
                                                 const Tensor& batch_mass, const Tensor& batch_mean,
                                                 const Tensor& batch_var, const OptionalTensor& weight,
-                                                const OptionalTensor& bias, bool training,
-                                                bool detach_responsibility, double eps) {
+                                                const OptionalTensor& bias, bool training, bool detach_responsibility,
+                                                double eps) {
   Arguments arguments(x, groups, prior, mean, var, weight, bias);
   Problem& p = arguments.problem;
   check_same_shape(grad, x);
@@ -353,8 +338,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad, const Tensor
   const Tensor used_mean = statistic(batch_mean, "batch_mean");
   const Tensor used_var = statistic(batch_var, "batch_var");
   Tensor grad_x = torch::stable::empty_like(arguments.x);
-  Tensor grad_weight = torch::stable::empty_like(arguments.mean),
-         grad_bias = torch::stable::empty_like(arguments.mean);
+  Tensor grad_weight = torch::stable::empty_like(arguments.mean), grad_bias = torch::stable::empty_like(arguments.mean);
   p.grad = g.const_data_ptr();
   p.out = grad_x.mutable_data_ptr();
   p.batch_mass = mass.mutable_data_ptr();
@@ -397,8 +381,7 @@ void update_running_cpu(OptionalTensor prior, Tensor mean, Tensor var, const Ten
       for (int64_t c = 0; c < mean.size(1); ++c) {
         const double mass = at(batch_mass, m, c);
         if (prior)
-          at(*prior, m, c) =
-              static_cast<S>(moved(at(*prior, m, c), mass / static_cast<double>(points), momentum));
+          at(*prior, m, c) = static_cast<S>(moved(at(*prior, m, c), mass / static_cast<double>(points), momentum));
         if (mass < kMassFloor) continue;
         at(mean, m, c) = static_cast<S>(moved(at(mean, m, c), at(batch_mean, m, c), momentum));
         at(var, m, c) = static_cast<S>(moved(at(var, m, c), unbiased(at(batch_var, m, c), mass), momentum));

@@ -33,8 +33,7 @@ struct Block {
   int64_t first_channel;
   int channels;  // of this block
 
-  Block(const Problem& p, int64_t block)
-      : problem(p), first_channel(p.channels_last ? block * kLanes : block) {
+  Block(const Problem& p, int64_t block) : problem(p), first_channel(p.channels_last ? block * kLanes : block) {
     const int64_t left = p.channels - first_channel;
     channels = !p.channels_last ? 1 : left < kLanes ? static_cast<int>(left) : kLanes;
   }
@@ -85,13 +84,11 @@ struct ChannelCoefficients {
 
 // Not inlined, and for all M at once: this runs once per channel and task, and stands in every kernel.
 template <class E>
-__attribute__((noinline)) ChannelCoefficients channel_coefficients(const Block<E>& block, int64_t channel,
-                                                                   Pass pass, bool force_unbounded) {
+__attribute__((noinline)) ChannelCoefficients channel_coefficients(const Block<E>& block, int64_t channel, Pass pass,
+                                                                   bool force_unbounded) {
   using S = typename E::Scalar;
   const Problem& p = block.problem;
-  const auto read = [](const void* values, int64_t i) {
-    return static_cast<double>(static_cast<const S*>(values)[i]);
-  };
+  const auto read = [](const void* values, int64_t i) { return static_cast<double>(static_cast<const S*>(values)[i]); };
   const bool batch = p.training && pass != Pass::kMoments;
   double var_in_order[kMaxComponents] = {};
   for (int m = 0; m < p.components; ++m) var_in_order[m] = read(p.var, m * p.channels + channel);
@@ -128,16 +125,15 @@ __attribute__((noinline)) ChannelCoefficients channel_coefficients(const Block<E
       }
     }
   }
-  result.bounded = log_odds(result.odds, prior, running_mean, running_var, p.components, p.eps, result.origin,
-                            force_unbounded);
+  result.bounded =
+      log_odds(result.odds, prior, running_mean, running_var, p.components, p.eps, result.origin, force_unbounded);
   return result;
 }
 
 // Coefficients of all components of one channel, a struct of arrays of doubles, into the same struct of
 // arrays of vectors with M components: into one lane in channels_last, into all of them else.
 template <class S>
-__attribute__((noinline)) void set_lanes(S* vectors, const double* values, int arrays, int M, int lane,
-                                         bool all) {
+__attribute__((noinline)) void set_lanes(S* vectors, const double* values, int arrays, int M, int lane, bool all) {
   for (int i = 0; i < arrays; ++i)
     for (int m = 0; m < M; ++m)
       for (int l = all ? 0 : lane; l < (all ? kLanesOf<S> : lane + 1); ++l)
@@ -164,8 +160,7 @@ struct BlockCoefficients {
 
  private:
   template <template <class, int> class Coefficients>
-  void set(Coefficients<Vec<S>, M>& lanes, const Coefficients<double, kMaxComponents>& values, int lane,
-           bool all) {
+  void set(Coefficients<Vec<S>, M>& lanes, const Coefficients<double, kMaxComponents>& values, int lane, bool all) {
     set_lanes(reinterpret_cast<S*>(&lanes), reinterpret_cast<const double*>(&values),
               sizeof(lanes) / sizeof(Vec<S>) / M, M, lane, all);
   }
@@ -174,8 +169,7 @@ struct BlockCoefficients {
     bool all_bounded = true;
     const bool all = !block.problem.channels_last;
     for (int j = 0; j < block.channels; ++j) {
-      const ChannelCoefficients channel =
-          channel_coefficients(block, block.first_channel + j, pass, force_unbounded);
+      const ChannelCoefficients channel = channel_coefficients(block, block.first_channel + j, pass, force_unbounded);
       all_bounded &= channel.bounded;
       set_lanes(reinterpret_cast<S*>(&origin), &channel.origin, 1, 1, j, all);
       set(odds, channel.odds, j, all);
@@ -229,8 +223,7 @@ CBN_INLINE void with_bounded(bool bounded, F loop) {
 
 // Sums add(current, p, z, offset, count) over all vectors of a block's images [begin, end).
 template <class E, template <class, int> class Sums, int M, class Add>
-void reduce(const Problem& problem, int64_t index, int64_t begin, int64_t end, Pass pass, double* sums,
-            Add add) {
+void reduce(const Problem& problem, int64_t index, int64_t begin, int64_t end, Pass pass, double* sums, Add add) {
   using V = Vec<typename E::Scalar>;
   const Block<E> block(problem, index);
   const BlockCoefficients<E, M> coefficients(block, pass);
@@ -289,8 +282,7 @@ void normalise(const Problem& problem, int64_t index, int64_t begin, int64_t end
   with_bounded(coefficients.bounded, [&](auto bounded) {
     block.for_each_vector(begin, end, [&](int64_t offset, int64_t count) __attribute__((always_inline)) {
       const V z = load<E>(block.x() + offset, count) - coefficients.origin;
-      store<E>(block.out() + offset, count,
-               cbn::normalise<bounded.value>(coefficients.odds, coefficients.branches, z));
+      store<E>(block.out() + offset, count, cbn::normalise<bounded.value>(coefficients.odds, coefficients.branches, z));
     });
   });
 }

@@ -47,8 +47,7 @@ struct Exp2;
 template <>
 struct Exp2<float> {
   using Int = int32_t;
-  static constexpr float kRound =
-      12582912.0f + 127.0f;  // 1.5 2^23 rounds to an integer; 127 biases the exponent
+  static constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 2^23 rounds to an integer; 127 biases the exponent
   static constexpr float kLowest = -126.0f;
   static constexpr int kMantissa = 23;
   static constexpr const auto& kPolynomial = kExp2Float;
@@ -97,12 +96,8 @@ struct VectorMath {
 
 #if CBN_VECTOR_BYTES == 64
   // AVX-512 has both in one instruction: x less the nearest integer, and y 2^n for an integer n.
-  CBN_INLINE __m512 fraction(__m512 x) {
-    return _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT);
-  }
-  CBN_INLINE __m512d fraction(__m512d x) {
-    return _mm512_maskz_reduce_pd(0xff, x, _MM_FROUND_TO_NEAREST_INT);
-  }
+  CBN_INLINE __m512 fraction(__m512 x) { return _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT); }
+  CBN_INLINE __m512d fraction(__m512d x) { return _mm512_maskz_reduce_pd(0xff, x, _MM_FROUND_TO_NEAREST_INT); }
   CBN_INLINE __m512 scale(__m512 y, __m512 n) { return _mm512_maskz_scalef_ps(0xffff, y, n); }
   CBN_INLINE __m512d scale(__m512d y, __m512d n) { return _mm512_maskz_scalef_pd(0xff, y, n); }
 #endif

@@ -40,9 +40,7 @@ def load(config: DataConfig) -> tuple[list[str], Labelled, Labelled]:
         )
     chosen = long_tailed(labels, classes, int(torch.bincount(labels).max()), config)
     # Read together, so that one bound of memory holds for both and both have one size.
-    images = read_images(
-        [paths[i] for i in chosen.tolist()] + test_paths, config.image_size, config.memory_gib
-    )
+    images = read_images([paths[i] for i in chosen.tolist()] + test_paths, config.image_size, config.memory_gib)
     train_images, test_images = images.split([len(chosen), len(test_paths)])
     return classes, Labelled(train_images, labels[chosen]), Labelled(test_images, test_labels)
 

@@ -21,9 +21,7 @@ class Labelled(NamedTuple):
 
         From the numbers of pixels of each of the 256 values: exact, and without a copy in floating point.
         """
-        counts = torch.stack(
-            [torch.bincount(c.flatten(), minlength=256) for c in self.images.transpose(0, 1)]
-        )
+        counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in self.images.transpose(0, 1)])
         weights = counts.double() / counts.sum(dim=1, keepdim=True)
         values = torch.linspace(0, 1, 256, dtype=torch.float64)
         mean = weights @ values

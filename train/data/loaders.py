@@ -62,9 +62,7 @@ class EpochBatches(Sampler):
             yield [(self.epoch, index) for index in batch.tolist()]
 
 
-def training_loader(
-    dataset: AugmentedImages, batches: EpochBatches, workers: int, pin_memory: bool
-) -> DataLoader:
+def training_loader(dataset: AugmentedImages, batches: EpochBatches, workers: int, pin_memory: bool) -> DataLoader:
     """Loader of (views…, labels): each view (n, C, H, W) uint8, labels (n,)."""
     return DataLoader(
         dataset,

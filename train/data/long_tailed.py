@@ -100,9 +100,7 @@ def split_validation(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
         UserError: no class has more than one image.
     """
     counts = torch.bincount(labels).tolist()
-    validation, training = draw(
-        labels, [min(max(round(fraction * n), 1), max(n - 1, 0)) for n in counts], seed
-    )
+    validation, training = draw(labels, [min(max(round(fraction * n), 1), max(n - 1, 0)) for n in counts], seed)
     if len(validation) == 0:
         raise UserError("every class has one training image, so that none can validate; lower data.ratio")
     return training, validation

@@ -49,9 +49,7 @@ class ResNetCifar(nn.Module):
         ValueError: a depth that is not 6n + 2.
     """
 
-    def __init__(
-        self, depth: int, num_classes: int, in_channels: int = 3, norm: NormFactory = nn.BatchNorm2d
-    ) -> None:
+    def __init__(self, depth: int, num_classes: int, in_channels: int = 3, norm: NormFactory = nn.BatchNorm2d) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth must be 6n + 2 with n at least 1, got {depth}")
@@ -67,13 +65,9 @@ class ResNetCifar(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     @staticmethod
-    def _stage(
-        blocks: int, in_channels: int, out_channels: int, stride: int, norm: NormFactory
-    ) -> nn.Sequential:
+    def _stage(blocks: int, in_channels: int, out_channels: int, stride: int, norm: NormFactory) -> nn.Sequential:
         first = BasicBlock(in_channels, out_channels, stride, norm)
-        return nn.Sequential(
-            first, *(BasicBlock(out_channels, out_channels, 1, norm) for _ in range(blocks - 1))
-        )
+        return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1, norm) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm(self.conv(x)))

@@ -11,6 +11,11 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, max_exa
 settings.load_profile("repeatable")
 
 
+# Most tensors here are too small to share; threads waiting for each other cost more than all else. The tests that are
+# about threads ask for them.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -21,6 +26,14 @@ def backend(request):
     """Runs the test once with each backend that serves channel and split mode."""
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def threads():
+    """A function that sets the number of threads, for this test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["native", "reference"])

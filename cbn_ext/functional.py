@@ -126,6 +126,8 @@ def split_batch_norm(
         RuntimeError: shapes, dtypes, devices or groups that do not fit together.
         NotImplementedError: a dtype that is not supported.
     """
+    if running_mean is None or running_var is None:
+        raise RuntimeError("expected running_mean and running_var, which tell the number of components, got None")
     if groups.dim() != 1 or groups.shape[0] != input.shape[0]:
         raise RuntimeError(
             f"expected one group for each of the {input.shape[0]} images, got groups of shape {tuple(groups.shape)}"

@@ -1,4 +1,4 @@
-"""One component makes nn.BatchNorm1d, 2d and 3d of the layers: outputs, gradients, running state, errors, edge cases."""
+"""One component makes nn.BatchNorm1d, 2d and 3d of the layers: outputs, gradients, running state, errors, edges."""
 
 import copy
 import re

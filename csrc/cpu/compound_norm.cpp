@@ -56,20 +56,24 @@ struct Plan {
   int64_t begin(int64_t split) const { return images * split / splits; }
   int64_t channels_in(int64_t block) const { return std::min(channels_of_block, channels - block * channels_of_block); }
 
-  // reduce(block, split) for all splits, then finish(block), then map(block, split) for all splits. A block
-  // that one thread takes whole is still in its cache when it is mapped.
+  // reduce(block, split) for all splits, then finish(block), then map(block, split) for all splits.
   template <class Reduce, class Finish, class Map>
   void run(const Reduce& reduce, const Finish& finish, const Map& map) const {
-    if (blocks >= int64_t{torch::stable::get_num_threads()}) {
+    const int64_t threads = torch::stable::get_num_threads();
+    // Blocks of channels_last lie between each other: threads that share rows would share cache lines' neighbours.
+    const bool by_rows = channels_of_block > 1 && splits >= threads;
+    if (blocks >= threads && !by_rows) {
+      // A block that one thread takes whole is still in its cache when it is mapped.
       parallel(blocks, splits * elements_of_split, [&](int64_t block) {
         for (int64_t split = 0; split < splits; ++split) reduce(block, split);
         finish(block);
         for (int64_t split = 0; split < splits; ++split) map(block, split);
       });
     } else {
-      parallel(blocks * splits, elements_of_split, [&](int64_t i) { reduce(i / splits, i % splits); });
+      // Neighbouring tasks, which one thread takes, are the blocks of the same images.
+      parallel(blocks * splits, elements_of_split, [&](int64_t i) { reduce(i % blocks, i / blocks); });
       for (int64_t block = 0; block < blocks; ++block) finish(block);
-      parallel(blocks * splits, elements_of_split, [&](int64_t i) { map(i / splits, i % splits); });
+      parallel(blocks * splits, elements_of_split, [&](int64_t i) { map(i % blocks, i / blocks); });
     }
   }
 };

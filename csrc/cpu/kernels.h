@@ -49,9 +49,11 @@ struct Block {
   __attribute__((always_inline)) void for_each_vector(int64_t begin, int64_t end, F visit) const {
     const int64_t C = problem.channels, S = problem.spatial;
     const bool last = problem.channels_last;
-    const int64_t steps = last ? S : (S + kLanes - 1) / kLanes, stride = last ? C : kLanes;
+    // Rows of channels follow each other from image to image, unless the images are chosen ones.
+    const int64_t run = last && problem.images == nullptr ? end - begin : 1;
+    const int64_t steps = last ? run * S : (S + kLanes - 1) / kLanes, stride = last ? C : kLanes;
     const int64_t full = last ? channels : kLanes, tail = last ? channels : S - (steps - 1) * kLanes;
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = begin; i < end; i += run) {
       const int64_t base = image(i) * C * S + first_channel * (last ? 1 : S);
       for (int64_t k = 0; k < steps; ++k) visit(base + k * stride, k + 1 < steps ? full : tail);
     }

@@ -58,7 +58,7 @@ class Case:
     grad_layout: str | None = None  # None: the input's
     affine: bool = True
     detach: bool = False
-    data: str = "mixed"  # "dead": component 0 gets no mass; "offset": mean/std = 1e4
+    data: str = "mixed"  # or one of the special mixtures that `arguments` makes
 
     def __str__(self) -> str:
         default = Case()
@@ -91,9 +91,17 @@ class Case:
         mean = offset + spread * 1.2 * normal(m, channels)
         var = spread**2 * uniform(0.3, 1.5, m, channels)
         prior = torch.softmax(normal(m) if self.mode == "joint" else normal(m, channels), 0)
-        if self.data == "dead":
+        if self.data == "dead":  # component 0 gets no mass
             mean[0], var[0] = offset + 1e3 * spread, 0.1
             groups[groups == 0] = m - 1
+        elif self.data == "lost":  # component 0 had lost its mass, and is the only one near the data
+            mean[1:] += 5 * spread
+            prior[0] = 0
+        elif self.data == "equal":  # equal variances, as at the start: the log-odds are linear in x
+            var[:] = spread**2 / 2
+        elif self.data == "apart":  # odds between components that overflow where they do not matter
+            mean += 20 * spread * normal(m, channels)
+            var *= 10 ** uniform(-2, 2, m, channels)
         weight, bias = (1 + 0.5 * normal(m, channels), normal(m, channels)) if self.affine else (None, None)
         grad = normal(*self.shape)
 
@@ -152,6 +160,8 @@ def assert_results(
     if case.mode == "joint":
         # l is a sum over the channels; 8 of them still fit the allowance for one.
         amplification *= max(1, case.shape[1] / 8)
+    if case.data == "apart":
+        amplification *= 100  # as the terms of l, which are in the thousands
     # Sums and means of values of order one can cancel; their errors are measured against what is to be expected.
     points = math.prod(case.shape) // case.shape[1]
     usual = {"grad_weight": (points / case.components) ** 0.5, "running_mean": 0.5}
@@ -221,6 +231,13 @@ def _table() -> list[Case]:
     cases += [replace(base, dtype=dtype, components=m) for dtype in (float64, bfloat16) for m in (1, 2, 8, 16)]
     cases += [replace(mode, dtype=dtype, state_dtype=dtype) for mode in modes for dtype in (float16, bfloat16)]
     cases += [replace(mode, data="dead") for mode in modes]
+    cases += [
+        replace(mode, data=data, dtype=dtype, components=m)
+        for mode in compound
+        for data in ("lost", "equal", "apart")
+        for dtype in (torch.float32, float64)
+        for m in (2, 3, 4, 8)
+    ]
     return cases
 
 

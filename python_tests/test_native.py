@@ -94,6 +94,11 @@ def test_opcheck_update_running(mode, dtype):
     torch.library.opcheck(OPS.update_running.default, (prior, mean, var, *batch, points, MOMENTUM))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_opcheck_copies(dtype):
+    torch.library.opcheck(OPS.copies.default, ([torch.randn(4, 3), torch.randn(4)], dtype))
+
+
 @pytest.mark.parametrize("case", [c for c in OPCHECK_CASES if c.training and c.shape[0]], ids=str)
 def test_forward_returns_the_batch_statistics(case):
     x, groups, prior, mean, var, *_ = arguments = forward_arguments(case)

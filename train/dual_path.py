@@ -33,9 +33,8 @@ def dual_path_loss(
     """Balanced softmax of both paths on the strong views, and their consistency with the weak views.
 
     Both paths go through the same weights. The first is the network as it is; in the second, the compound
-    layers normalise each class group apart. Without groups the second path is the first one again, which
-    makes the fair
-    baseline: the same passes, views and terms, and no split.
+    layers normalise each class group apart. Without groups the second path is the first one again, which makes
+    the fair baseline: the same passes, views and terms, and no split.
 
     Args:
         model: maps images (N, C, H, W) to logits (N, K); in training mode.

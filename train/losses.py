@@ -6,8 +6,7 @@ from torch import Tensor
 
 
 def balanced_softmax(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
-    """Balanced softmax (Ren et al. 2020; eq. 20 of the compound paper): cross-entropy of ``logits + log
-    counts``.
+    """Balanced softmax (Ren et al. 2020; eq. 20 of the compound paper): cross-entropy of ``logits + log counts``.
 
     The prior of the training set is added to the logits, so that what the network learns is free of it.
 
@@ -32,8 +31,7 @@ def consistency(strong: tuple[Tensor, Tensor], weak: tuple[Tensor, Tensor]) -> T
         weak: logits (N, K) of the weak views, likewise; treated as constants.
 
     Returns:
-        ``-1/2 [cos(strong_1, weak_2) + cos(strong_2, weak_1)]``, averaged over the batch: a scalar in [-1,
-        1].
+        ``-1/2 [cos(strong_1, weak_2) + cos(strong_2, weak_1)]``, averaged over the batch: a scalar in [-1, 1].
     """
     first = F.cosine_similarity(strong[0], weak[1].detach(), dim=1)
     second = F.cosine_similarity(strong[1], weak[0].detach(), dim=1)

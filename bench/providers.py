@@ -91,6 +91,9 @@ def make_problem(case: Case) -> Problem:
         x[:, ::2] = 0.5
 
     x = x * scale[:, None, None] + shift[:, None, None]
+    if case.data == "constant":
+        # To eighths, of which sums are exact: rounding alone would differ by provider, times 1 / sqrt(eps).
+        x[:, ::2] = (8 * x[:, ::2]).round() / 8
     state = {
         "running_prior": torch.softmax(0.2 * torch.randn(mean.shape, generator=generator), 0),
         "running_mean": mean * scale + shift,

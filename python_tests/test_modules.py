@@ -263,7 +263,7 @@ def test_state_of_other_components_is_refused():
         CompoundBatchNorm2d(5, 4).load_state_dict(state)
 
 
-@pytest.mark.parametrize(("layer", "norm"), zip(LAYERS, NORMS, strict=True))
+@pytest.mark.parametrize(("layer", "norm"), list(zip(LAYERS, NORMS, strict=True)))
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize("track", [True, False], ids=["track", "no_track"])
 def test_batchnorm_checkpoint_loads(layer, norm, affine, track):

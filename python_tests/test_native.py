@@ -217,7 +217,9 @@ def test_no_copy_of_the_input(dtype, shape, memory_format, mode):
 
     step()
     x.grad = None
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True, acc_events=True
+    ) as profiler:
         step()
     copies = [e for e in profiler.events() if e.name == "aten::copy_" and list(shape) in e.input_shapes]
     assert not copies

@@ -6,9 +6,20 @@ torch is looked up and made importable, and one is asked for only where there is
 process of its own, which imports this module anew.
 """
 
+from importlib.util import find_spec
+
+import setuptools
 from setuptools.build_meta import *  # noqa: F403 - the hooks themselves
 
 from build_backend import host_torch
+
+# Without isolation nobody installs build-system.requires; what is missing would show as an error far from its cause.
+if find_spec("pybind11") is None or not (find_spec("setuptools.command.bdist_wheel") or find_spec("wheel")):
+    raise SystemExit(
+        "cbn_ext: a build without isolation needs the build requirements in the environment: "
+        "pip install 'setuptools>=77.0.3,<82' ninja pybind11. "
+        f"Got setuptools {setuptools.__version__}, pybind11 {'found' if find_spec('pybind11') else 'missing'}."
+    )
 
 _installed = host_torch.find()
 if _installed is not None:

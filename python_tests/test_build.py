@@ -218,6 +218,15 @@ def make_environment(folder, torch_version=None):
     return folder / "bin" / "python"
 
 
+def make_overlay(folder: Path, *names: str) -> Path:
+    """A folder on PYTHONPATH with these of the packages installed here."""
+    overlay = folder / "overlay"
+    overlay.mkdir()
+    for name in names:
+        (overlay / name).symlink_to(Path(setuptools.__file__).parent.parent / name)
+    return overlay
+
+
 class TestHostTorch:
     @pytest.mark.parametrize(
         ("installed", "found"),
@@ -252,13 +261,9 @@ class TestHostTorch:
         ("installed", "requires"), [("2.11.0", []), ("2.10.1", ["torch>=2.11"]), (None, ["torch>=2.11"])]
     )
     def test_hooks_in_an_isolated_build(self, tmp_path, installed, requires):
-        """-S hides the environment's packages, as pip does; setuptools comes by PYTHONPATH, as with pip."""
+        """-S hides the environment's packages, as pip does; the build tools come by PYTHONPATH, as with pip."""
         python = make_environment(tmp_path / "env", installed)
-        overlay = tmp_path / "overlay"
-        overlay.mkdir()
-        packages = Path(setuptools.__file__).parent.parent
-        for name in ("setuptools", "_distutils_hack"):
-            (overlay / name).symlink_to(packages / name)
+        overlay = make_overlay(tmp_path, "setuptools", "_distutils_hack", "pybind11")
         program = (
             "import importlib.util; from build_backend import backend; "
             "print(backend.get_requires_for_build_editable(), backend.get_requires_for_build_wheel(), "
@@ -274,6 +279,18 @@ class TestHostTorch:
             check=True,
         )
         assert hooks.stdout.strip() == f"{requires} {requires} {requires} {installed == '2.11.0'}"
+
+    def test_missing_build_tools_are_named(self, tmp_path):
+        """Without isolation nobody has installed them."""
+        python = make_environment(tmp_path / "env", "2.11.0")
+        overlay = make_overlay(tmp_path, "setuptools", "_distutils_hack")
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(overlay), str(ROOT)])}
+        program = [python, "-S", "-c", "import build_backend.backend"]
+        hooks = subprocess.run(program, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert hooks.returncode == 1
+        assert "pip install 'setuptools>=77.0.3,<82' ninja pybind11" in hooks.stderr
+        assert "pybind11 missing" in hooks.stderr
+        assert "Traceback" not in hooks.stderr
 
 
 class TestMake:

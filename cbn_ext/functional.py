@@ -16,8 +16,10 @@ _RESPONSIBILITIES = ("channel", "joint")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def start_mixture(num_components: int, num_features: int, order: Tensor | None = None, **factory) -> tuple[Tensor, ...]:
-    """Prior, mean and variance (M, C) of a mixture with mean 0 and variance 1 in every channel.
+def start_mixture(
+    num_components: int, num_features: int, responsibility: str, order: Tensor | None = None, **factory
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prior (M, C), or (M,) in joint mode, mean and variance (M, C) of a mixture with mean 0 and variance 1.
 
     The components' means are equally spaced; `order` (M, C) says which component of a channel takes which of them. By
     default component m of channel c takes the one numbered (m + c) mod M, so that no component is lowest everywhere.
@@ -33,7 +35,7 @@ def start_mixture(num_components: int, num_features: int, order: Tensor | None =
         torch.linspace(-scale, scale, num_components, **factory) if num_components > 1 else torch.zeros(1, **factory)
     )
     return (
-        torch.full(shape, 1 / num_components, **factory),
+        torch.full(shape if responsibility == "channel" else shape[:1], 1 / num_components, **factory),
         points[order],
         torch.full(shape, 1 - spread, **factory),
     )
@@ -87,9 +89,7 @@ def compound_batch_norm(
         affine = weight if weight is not None else bias
         num_components = 1 if affine is None else affine.shape[0]
         dtype = reference.compute_dtype(input.dtype)
-        running = start_mixture(num_components, input.shape[1], device=input.device, dtype=dtype)
-        if responsibility == "joint":
-            running = (running[0][:, 0], *running[1:])
+        running = start_mixture(num_components, input.shape[1], responsibility, device=input.device, dtype=dtype)
         momentum = None
     return _normalize(
         input, None, *running, weight, bias, training, momentum, eps, responsibility, detach_responsibility
@@ -137,13 +137,6 @@ def split_batch_norm(
     if groups.device != input.device:
         raise RuntimeError(f"expected groups on {input.device}, the input's device, got {groups.device}")
     groups = groups.long()
-    # On a device this would wait for it, and a compiled graph cannot branch on values; the CPU operator checks too.
-    if groups.device.type == "cpu" and groups.numel() and not torch.compiler.is_compiling():
-        low, high = groups.min().item(), groups.max().item()
-        if low < 0 or high >= running_mean.shape[0]:
-            raise RuntimeError(
-                f"expected groups from 0 to {running_mean.shape[0] - 1}, got values from {low} to {high}"
-            )
     return _normalize(
         input, groups, None, running_mean, running_var, weight, bias, True, momentum, eps, "channel", False
     )

@@ -64,10 +64,8 @@ class _CompoundBatchNorm(nn.Module):
         self.reset_parameters()
 
     def _start_mixture(self, like: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        prior, mean, var = start_mixture(
-            self.num_components, self.num_features, order, device=like.device, dtype=like.dtype
-        )
-        return prior if self.responsibility == "channel" else prior[:, 0], mean, var
+        shape = (self.num_components, self.num_features)
+        return start_mixture(*shape, self.responsibility, order, device=like.device, dtype=like.dtype)
 
     def reset_running_stats(self) -> None:
         """Start values: equal priors, equal variances, means spread in a random order of its own in each channel."""

@@ -102,10 +102,18 @@ def forward(
     Returns:
         The output like x, and the batch's mass, mean and biased variance, (M, C) each; in evaluation three empty
         tensors.
+
+    Raises:
+        RuntimeError: groups outside of 0 to M − 1.
     """
     if x.numel() == 0:
         batch = (torch.zeros_like(mean), mean.clone(), var.clone()) if training else _no_statistics(mean)
         return x.clone(), *batch
+    # On a device this would wait for it, and a compiled graph cannot branch on values.
+    if groups is not None and groups.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = groups.min().item(), groups.max().item()
+        if low < 0 or high >= mean.shape[0]:
+            raise RuntimeError(f"expected groups from 0 to {mean.shape[0] - 1}, got values from {low} to {high}")
     wide = x.to(compute_dtype(x.dtype))
     p = responsibilities(wide, groups, prior, mean, var, eps, responsibility)
     if detach_responsibility:

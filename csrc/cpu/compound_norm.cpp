@@ -363,9 +363,7 @@ void update_running_cpu(OptionalTensor prior, Tensor mean, Tensor var, const Ten
   check_components(mean, kMaxComponents);
   const ScalarType type = mean.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-                  "expected running statistics of float32 or "
-                  "float64, got ",
-                  type);
+                  "expected running statistics of float32 or float64, got ", type);
   const auto same_as_mean = [&](const Tensor& t, const char* name) {
     STD_TORCH_CHECK(shape_of(t) == shape_of(mean) && t.scalar_type() == type, "expected ", name, " of shape ",
                     shape_of(mean), " and ", type, ", got ", shape_of(t), " and ", t.scalar_type());

@@ -3,4 +3,4 @@
 from cbn_ext import build_info
 
 for name, value in build_info().items():
-    print(f"{name:<12} {', '.join(value) if isinstance(value, list) else value}")
+    print(f"{name:<16} {', '.join(value) if isinstance(value, list) else value}")

@@ -17,11 +17,11 @@ _BACKENDS = ("auto", "native", "reference")
 _backend = "auto"
 
 
-def _load() -> str | None:
-    """Load the native libraries; what went wrong, None where nothing did."""
-    library = next(_FOLDER.glob("_C.*"), None)
+def _load(name: str) -> str | None:
+    """Load one of the libraries with operators; what went wrong, None where nothing did."""
+    library = next(_FOLDER.glob(f"{name}.*"), None)
     if library is None:
-        return f"not built: there is no _C library in {_FOLDER}"
+        return f"not built: there is no {name} library in {_FOLDER}"
     try:
         torch.ops.load_library(library)
         importlib.import_module("cbn_ext._host")
@@ -31,23 +31,49 @@ def _load() -> str | None:
     return None
 
 
-_load_error = _load()
-if _load_error is not None:
+def _load_cuda() -> str | None:
+    """The same for the CUDA operators, whose schemas the CPU library has. No GPU or driver is needed for it."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    if _load_errors["cpu"] is not None:
+        return f"the CPU library is needed first: {_load_errors['cpu']}"
+    return _load("_C_cuda")
+
+
+_load_errors = {"cpu": _load("_C")}
+_load_errors["cuda"] = _load_cuda()
+if _load_errors["cpu"] is not None:
     warnings.warn(
-        f"cbn_ext: no native libraries, the slower PyTorch reference is used instead: {_load_error}",
+        f"cbn_ext: no native libraries, the slower PyTorch reference is used instead: {_load_errors['cpu']}",
         RuntimeWarning,
         stacklevel=2,
     )
 
 
-def native_available() -> bool:
-    """Whether the native libraries are loaded."""
-    return _load_error is None
+def native_available(device: str = "cpu") -> bool:
+    """Whether the native operators for this type of device are loaded."""
+    return load_error(device) is None
 
 
-def load_error() -> str | None:
-    """Why the native libraries did not load, None where they did."""
-    return _load_error
+def load_error(device: str = "cpu") -> str | None:
+    """Why there are no native operators for this type of device, None where there are."""
+    return _load_errors.get(device, f"there are none for {device}")
+
+
+_warned_devices = {"cpu", "meta"}  # the one at import; on the other nothing is computed
+
+
+@torch.compiler.assume_constant_result  # called where torch.compile traces, which cannot trace a warning
+def warn_of_fallback(device: str) -> None:
+    """Say, once per type of device, that "auto" takes the reference because the native operators did not load."""
+    if device not in _warned_devices:
+        _warned_devices.add(device)
+        warnings.warn(
+            f"cbn_ext: no native operators for {device}, the much slower PyTorch reference is used instead: "
+            f"{load_error(device)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def backend() -> str:
@@ -72,8 +98,8 @@ class use_backend:  # noqa: N801 - used like a function, as torch.set_grad_enabl
         if name not in _BACKENDS:
             expected = ", ".join(repr(allowed) for allowed in _BACKENDS)
             raise ValueError(f"expected one of {expected} as backend, got {name!r}")
-        if name == "native" and _load_error is not None:
-            raise RuntimeError(f"the native backend is not available: {_load_error}")
+        if name == "native" and not native_available():
+            raise RuntimeError(f"the native backend is not available: {load_error()}")
         self._previous = _backend
         _backend = name
 
@@ -96,9 +122,10 @@ def build_info() -> dict[str, object]:
         backends: those that can be used here.
         isa: the instruction set chosen for this CPU, None without the native libraries.
         compiler: what compiled the libraries, None without them.
-        cuda_archs: compute capabilities that were compiled for.
+        cuda_archs: compute capabilities that the CUDA library was compiled for; empty: it was not built.
         resolved: what the build found and decided, in one line.
         load_error: why the native libraries did not load, None where they did.
+        cuda_load_error: why the CUDA library did not load, None where it did; it does so without a GPU, too.
     """
     record = _FOLDER / "_build.json"
     built = json.loads(record.read_text()) if record.exists() else {}
@@ -112,5 +139,6 @@ def build_info() -> dict[str, object]:
         "compiler": host.build_facts()["compiler"] if host else None,
         "cuda_archs": built.get("cuda_archs", []),
         "resolved": built.get("resolved"),
-        "load_error": _load_error,
+        "load_error": load_error(),
+        "cuda_load_error": load_error("cuda"),
     }

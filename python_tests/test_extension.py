@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,64 @@ def test_import_without_library_warns_once_and_falls_back(tmp_path, library, err
     assert re.fullmatch(rf"the native backend is not available: {error}", refused)
 
 
+LOADS = """
+import torch
+torch.version.cuda = {version}
+from cbn_ext import build_info, _extension
+print(_extension.native_available(), _extension.native_available("cuda"), torch.cuda.is_initialized())
+print(build_info()["cuda_load_error"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "library", "error"),
+    [
+        (None, "garbage", rf"torch {re.escape(torch.__version__)} has no CUDA"),
+        ("13.0", "garbage", r"OSError: .*_C_cuda\.abi3\.so: file too short"),
+        ("13.0", None, r"not built: there is no _C_cuda library in \S+"),
+    ],
+    ids=["cpu_torch", "broken", "missing"],
+)
+def test_cuda_library_that_does_not_load_leaves_the_cpu_operators(tmp_path, version, library, error):
+    package = tmp_path / "cbn_ext"
+    folder = Path(cbn_ext.__file__).parent
+    package.mkdir()
+    for source in [*folder.glob("*.py"), *folder.glob("_C.*"), *folder.glob("_host.*")]:
+        shutil.copy(source, package)
+    if library:
+        (package / "_C_cuda.abi3.so").write_text(library)
+    program = [sys.executable, "-W", "error", "-c", LOADS.format(version=repr(version))]
+    run = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=True)
+    available, reason = run.stdout.splitlines()
+    assert available == "True False False"
+    assert re.fullmatch(error, reason)
+
+
+def test_device_without_operators():
+    assert not _extension.native_available("xpu")
+    assert _extension.load_error("xpu") == "there are none for xpu"
+
+
+def test_fallback_on_a_device_warns_once(monkeypatch):
+    """Also where it is asked for while torch.compile traces."""
+    monkeypatch.setattr(_extension, "_warned_devices", {"cpu"})
+    monkeypatch.setitem(_extension._load_errors, "cuda", "not built: no nvcc")
+
+    def program(x):
+        _extension.warn_of_fallback("cuda")
+        return x + 1
+
+    with pytest.warns(RuntimeWarning, match="no native operators for cuda, .* is used instead: not built: no nvcc"):
+        torch.compile(program, fullgraph=True, backend="eager")(torch.ones(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        program(torch.ones(2))
+        _extension.warn_of_fallback("cpu")
+
+
 def test_build_info():
     info = cbn_ext.build_info()
-    names = "version torch torch_built backends isa compiler cuda_archs resolved load_error"
+    names = "version torch torch_built backends isa compiler cuda_archs resolved load_error cuda_load_error"
     assert list(info) == names.split()
     assert info["version"] == cbn_ext.__version__ == "0.1.0"
     assert info["torch"] == torch.__version__
@@ -71,6 +127,8 @@ def test_build_info():
     assert re.match(r"(gcc|clang) \d+\.\d+", info["compiler"])
     assert info["resolved"].startswith(f"cbn_ext: torch {info['torch_built']} in ")
     assert (" CPU only: " in info["resolved"]) == (info["cuda_archs"] == [])
+    # The operators are registered wherever they were built, also without a GPU.
+    assert (info["cuda_load_error"] is None) == (info["cuda_archs"] != [])
 
 
 def test_build_info_is_printed(capsys):

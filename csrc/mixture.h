@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #if defined(__CUDACC__)
 #define CBN_INLINE __host__ __device__ __forceinline__
@@ -70,38 +71,63 @@ CBN_INLINE int widest_component(const double* var, int components) {
 // Where component m is stored when the widest one comes first; its own inverse.
 CBN_INLINE int stored_at(int m, int widest) { return m == 0 ? widest : m == widest ? 0 : m; }
 
+// log2 (pi_m N(x; mu_m, v_m)) = peak - precision (x - mean)^2
+struct LogDensity {
+  double precision;
+  double peak;
+  double mean;
+};
+
+CBN_INLINE LogDensity log_density(double prior, double mean, double var, double eps) {
+  const double v = var + eps;
+  const double floored = prior > kPriorFloor ? prior : kPriorFloor;
+  return {kLog2E / (2 * v), kLog2E * (std::log(floored) - 0.5 * std::log(v)), mean};
+}
+
+// One component's `curvature (z - centre)^2 + height` for points z = x - origin.
+struct Parabola {
+  double curvature;
+  double centre;
+  double height;
+};
+
+CBN_INLINE Parabola parabola(const LogDensity& component, double origin) {
+  return {-component.precision, component.mean - origin, component.peak};
+}
+
+// Of a component's odds against the widest one; says whether they are bounded.
+CBN_INLINE bool odds_parabola(const LogDensity& component, const LogDensity& widest, double origin, Parabola& odds) {
+  const double u = component.mean - widest.mean, excess = component.precision - widest.precision;
+  const bool curved = excess > 0;
+  odds.curvature = -excess;
+  odds.centre = curved ? widest.mean - origin + component.precision * u / excess : 0;
+  odds.height = component.peak - widest.peak + (curved ? u * u * component.precision * widest.precision / excess : 0);
+  return (curved || u == 0) && odds.height <= kBoundedOdds;
+}
+
 // Fills `odds` for points z = x - origin from a channel's prior, mean and var, components in stored order,
 // and returns whether the odds are bounded. With `force_unbounded` the log-densities are stored although the
 // odds were bounded.
 template <int M>
 CBN_INLINE bool log_odds(LogOdds<double, M>& odds, const double* prior, const double* mean, const double* var,
                          int components, double eps, double origin, bool force_unbounded) {
-  odds.curvature[0] = odds.centre[0] = odds.height[0] = 0;
+  const auto store = [&odds](int m, const Parabola& from) {
+    odds.curvature[m] = from.curvature;
+    odds.centre[m] = from.centre;
+    odds.height[m] = from.height;
+  };
+  for (int m = 0; m < M; ++m) store(m, {0, 0, m == 0 ? 0 : kNoComponent});
   if constexpr (M == 1) return true;
-  double h[M] = {}, k[M] = {};
-  for (int m = 0; m < components; ++m) {
-    const double v = var[m] + eps;
-    h[m] = kLog2E / (2 * v);
-    k[m] = kLog2E * (std::log(prior[m] > kPriorFloor ? prior[m] : kPriorFloor) - 0.5 * std::log(v));
-  }
+  LogDensity density[M];
+  for (int m = 0; m < components; ++m) density[m] = log_density(prior[m], mean[m], var[m], eps);
   bool bounded = !force_unbounded;
-  for (int m = 1; m < M; ++m) {
-    odds.curvature[m] = odds.centre[m] = 0;
-    odds.height[m] = kNoComponent;
-  }
   for (int m = 1; m < components && bounded; ++m) {
-    const double u = mean[m] - mean[0], excess = h[m] - h[0];
-    odds.curvature[m] = -excess;
-    odds.centre[m] = excess > 0 ? mean[0] - origin + h[m] * u / excess : 0;
-    odds.height[m] = k[m] - k[0] + (excess > 0 ? u * u * h[m] * h[0] / excess : 0);
-    bounded = (excess > 0 || u == 0) && odds.height[m] <= kBoundedOdds;
+    Parabola against_widest;
+    bounded = odds_parabola(density[m], density[0], origin, against_widest);
+    store(m, against_widest);
   }
   if (bounded) return true;
-  for (int m = 0; m < components; ++m) {
-    odds.curvature[m] = -h[m];
-    odds.centre[m] = mean[m] - origin;
-    odds.height[m] = k[m];
-  }
+  for (int m = 0; m < components; ++m) store(m, parabola(density[m], origin));
   return false;
 }
 
@@ -146,10 +172,40 @@ CBN_INLINE void responsibilities(const LogOdds<T, M>& odds, T z, T (&p)[M]) {
   }
 }
 
+// Split mode (eqs 17-18): p_m is 1 for the group of the point's image.
+template <class T, int M>
+CBN_INLINE void assign(int group, T (&p)[M]) {
+  CBN_UNROLL
+  for (int m = 0; m < M; ++m) p[m] = m == group ? T(1) : T(0);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // M-step (eqs 10-12), from sums of z = x - origin, the origin near the channel's values so that squares keep
 // their digits
 // ---------------------------------------------------------------------------------------------------------------------
+
+// The origin is the median of so many values of the channel, spread evenly: near its values whatever the running
+// mean, and no outlier.
+constexpr int kOriginSamples = 9;
+
+// Which of a channel's points sample k is.
+CBN_INLINE int64_t sampled_point(int k, int64_t points) {
+  const int64_t point = k * (points < kOriginSamples ? 1 : points / kOriginSamples);
+  return point < points ? point : points - 1;
+}
+
+CBN_INLINE double median(double (&values)[kOriginSamples]) {
+  CBN_UNROLL
+  for (int end = kOriginSamples - 1; end > 0; --end) {
+    CBN_UNROLL
+    for (int i = 0; i < end; ++i) {
+      const double a = values[i], b = values[i + 1];
+      values[i] = b < a ? b : a;
+      values[i + 1] = b < a ? a : b;
+    }
+  }
+  return values[kOriginSamples / 2];
+}
 
 template <class T, int M>
 struct Moments {
@@ -194,18 +250,23 @@ CBN_INLINE double branch_offset(double scale, double bias, double mean, double o
   return bias - (mean - origin) * scale;
 }
 
+template <class T, int M>
+CBN_INLINE T combine(const Branches<T, M>& branches, const T (&p)[M], T z) {
+  T scale = p[0] * branches.scale[0];
+  T offset = p[0] * branches.offset[0];
+  CBN_UNROLL
+  for (int m = 1; m < M; ++m) {
+    scale = scale + p[m] * branches.scale[m];
+    offset = offset + p[m] * branches.offset[m];
+  }
+  return scale * z + offset;
+}
+
 template <bool kBounded, class T, int M>
 CBN_INLINE T normalise(const LogOdds<T, M>& odds, const Branches<T, M>& branches, T z) {
   T e[M];
   const T sum = unnormalised_responsibilities<kBounded>(odds, z, e);
-  T scale = e[0] * branches.scale[0];
-  T offset = e[0] * branches.offset[0];
-  CBN_UNROLL
-  for (int m = 1; m < M; ++m) {
-    scale = scale + e[m] * branches.scale[m];
-    offset = offset + e[m] * branches.offset[m];
-  }
-  const T y = scale * z + offset;
+  const T y = combine(branches, e, z);
   if constexpr (M == 1) return y;
   return y * Math<T>::reciprocal(sum);
 }

@@ -8,7 +8,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <utility>
 
 #include "../mixture.h"
 #include "tasks.h"
@@ -19,8 +18,6 @@ namespace {
 
 // Vectors added in float before the sums move on to double.
 constexpr int kVectorsPerFlush = 64;
-// Values of a channel whose median is the origin of its moments.
-constexpr int64_t kOriginSamples = 9;
 
 // One block of channels of a problem, as vectors.
 template <class E>
@@ -60,18 +57,16 @@ struct Block {
     }
   }
 
-  // Median of a few values of a channel: an origin among its points, whatever the running mean, and no outlier.
   double sampled_origin(int64_t channel) const {
     const int64_t C = problem.channels, S = problem.spatial, points = problem.count * S;
-    const int64_t samples = points < kOriginSamples ? points : kOriginSamples;
-    double values[kOriginSamples] = {};
-    for (int64_t k = 0; k < samples; ++k) {
-      const int64_t point = k * (points / samples), n = image(point / S), s = point % S;
+    if (points == 0) return 0;
+    double values[kOriginSamples];
+    for (int k = 0; k < kOriginSamples; ++k) {
+      const int64_t point = sampled_point(k, points), n = image(point / S), s = point % S;
       const int64_t offset = problem.channels_last ? (n * S + s) * C + channel : (n * C + channel) * S + s;
       values[k] = static_cast<double>(load<E>(x() + offset, 1)[0]);
-      for (int64_t i = k; i > 0 && values[i] < values[i - 1]; --i) std::swap(values[i], values[i - 1]);
     }
-    return values[samples / 2];
+    return median(values);
   }
 };
 

@@ -26,12 +26,10 @@ def sources(*patterns: str) -> list[str]:
 # ninja is there too where the environment was not activated.
 os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
 
-kernels = sources("cuda/*.cu")
 plan = resolve(
     torch.__version__,
     Path(torch.__file__).parent,
     torch.version.cuda,
-    kernels,
     [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())],
 )
 if plan.cuda_home is not None:
@@ -55,10 +53,15 @@ class Build(BuildExtension):
     def run(self) -> None:
         choose_compiler()
         print(plan.line, flush=True)
+        package = Path(self.get_ext_fullpath("cbn_ext._host")).parent
+        if not plan.archs:
+            # One from an earlier build would be loaded, or packed into a wheel, beside operators of another version.
+            for folder in {package.resolve(), Path(self.build_lib, "cbn_ext").resolve()}:
+                for stale in folder.glob("_C_cuda.*"):
+                    stale.unlink()
         super().run()
         facts = {"torch": torch.__version__, "cuda_archs": plan.archs, "resolved": plan.line}
-        record = Path(self.get_ext_fullpath("cbn_ext._host")).with_name("_build.json")
-        record.write_text(json.dumps(facts, indent=2))
+        (package / "_build.json").write_text(json.dumps(facts, indent=2))
 
 
 def stable_abi() -> dict:
@@ -70,7 +73,10 @@ def stable_abi() -> dict:
     }
 
 
-CXX_FLAGS = ["-O3", "-g0", f"-ffile-prefix-map={Path.cwd()}/=", "-ffp-contract=fast", "-Wno-psabi"]
+NO_PATHS = f"-ffile-prefix-map={Path.cwd()}/="
+CXX_FLAGS = ["-O3", "-g0", NO_PATHS, "-ffp-contract=fast", "-Wno-psabi"]
+# No fast-math: the few approximations that are allowed are named in csrc/cuda/device.cuh.
+NVCC_FLAGS = ["-O3", f"-Xcompiler={NO_PATHS}", "-Xptxas=-warn-spills"]
 HEADERS = str(Path("csrc").resolve())
 HOST = "csrc/host.cpp"
 
@@ -88,7 +94,8 @@ extensions = [
 ]
 if plan.archs:
     # A library of its own: on a CPU torch one with CUDA in it would not load.
-    flags = {"cxx": ["-DUSE_CUDA", *CXX_FLAGS], "nvcc": ["-DUSE_CUDA", "-O3"]}
+    flags = {"cxx": ["-DUSE_CUDA", *CXX_FLAGS], "nvcc": ["-DUSE_CUDA", *NVCC_FLAGS]}
+    kernels = sources("cuda/*.cu", "cuda/*.cpp")
     extensions.append(CUDAExtension("cbn_ext._C_cuda", kernels, extra_compile_args=flags, **stable_abi()))
 
 setup(ext_modules=extensions, cmdclass={"build_ext": Build})

@@ -10,8 +10,8 @@ from pathlib import Path
 from build_backend.toolkit import find_toolkit
 
 COMPILERS = ("c++", "g++", "clang++")
-# Where no GPU is there to ask: Ampere (data centre, desktop) and Hopper; later ones start from the PTX.
-DEFAULT_ARCHS = "8.0;8.6;9.0+PTX"
+# Where no GPU is there to ask: Ampere, whose code runs on Ada too, and Hopper; later ones start from the PTX.
+DEFAULT_ARCHS = ("8.0", "9.0+PTX")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ def resolve(
     torch_version: str,
     torch_folder: Path,
     torch_cuda: str | None,
-    kernels: Sequence[str],
     devices: Sequence[tuple[int, int]] = (),
 ) -> Plan:
     """Decide between CPU and CPU and CUDA.
@@ -54,7 +53,6 @@ def resolve(
         torch_version: version of the torch that is built against.
         torch_folder: the folder that it is installed in.
         torch_cuda: its CUDA version, None for a CPU torch.
-        kernels: the CUDA source files.
         devices: compute capabilities of the GPUs in this machine.
 
     FORCE_CUDA=0 builds for the CPU only; FORCE_CUDA=1 fails rather than build without CUDA;
@@ -81,8 +79,6 @@ def resolve(
         obstacle = "this torch has no CUDA"
     elif toolkit is None:
         obstacle = "there is no toolkit"
-    elif not kernels:
-        obstacle = "this version of cbn_ext has no CUDA kernels yet"
     if obstacle is not None:
         if force == "1":
             raise SystemExit("; ".join([*parts, f"FORCE_CUDA=1, but {obstacle}"]))
@@ -95,6 +91,6 @@ def resolve(
     elif devices:
         archs, why = [f"{major}.{minor}" for major, minor in sorted(set(devices))], "this machine's GPUs"
     else:
-        archs, why = DEFAULT_ARCHS.split(";"), "no GPU here, the default"
+        archs, why = list(DEFAULT_ARCHS), "no GPU here, the default"
     parts.append(f"CPU and CUDA for {' '.join(archs)} ({why})")
     return Plan("; ".join(parts), toolkit.home, archs)

@@ -103,8 +103,8 @@ class TestToolkit:
 class TestResolve:
     TORCH = Path("site/torch")
 
-    def resolve(self, cuda="13.0", kernels=("kernel.cu",), devices=()):
-        return resolve.resolve("2.11.0", self.TORCH, cuda, kernels, devices)
+    def resolve(self, cuda="13.0", devices=()):
+        return resolve.resolve("2.11.0", self.TORCH, cuda, devices)
 
     def test_cpu_torch(self, machine):
         make_toolkit(machine / "usual" / "cuda")
@@ -117,20 +117,11 @@ class TestResolve:
         assert plan.line.endswith("CUDA toolkit not found; CPU only: there is no toolkit")
         assert (plan.cuda_home, plan.archs) == (None, [])
 
-    def test_no_kernels(self, machine):
-        home = make_toolkit(machine / "usual" / "cuda")
-        plan = self.resolve(kernels=())
-        assert plan.line.endswith(
-            f"CUDA toolkit 13.0 in {home}, found by usual folder; "
-            "CPU only: this version of cbn_ext has no CUDA kernels yet"
-        )
-        assert plan.archs == []
-
     def test_cuda_without_gpu(self, machine):
         home = make_toolkit(machine / "usual" / "cuda")
         plan = self.resolve()
-        assert plan.line.endswith("CPU and CUDA for 8.0 8.6 9.0+PTX (no GPU here, the default)")
-        assert (plan.cuda_home, plan.archs) == (home, ["8.0", "8.6", "9.0+PTX"])
+        assert plan.line.endswith("CPU and CUDA for 8.0 9.0+PTX (no GPU here, the default)")
+        assert (plan.cuda_home, plan.archs) == (home, ["8.0", "9.0+PTX"])
 
     def test_cuda_with_gpus(self, machine):
         make_toolkit(machine / "usual" / "cuda")
@@ -153,19 +144,15 @@ class TestResolve:
         assert plan.archs == []
 
     @pytest.mark.parametrize(
-        ("with_toolkit", "cuda", "kernels", "why"),
-        [
-            (True, None, ["kernel.cu"], "this torch has no CUDA"),
-            (False, "13.0", ["kernel.cu"], "there is no toolkit"),
-            (True, "13.0", [], "this version of cbn_ext has no CUDA kernels yet"),
-        ],
+        ("with_toolkit", "cuda", "why"),
+        [(True, None, "this torch has no CUDA"), (False, "13.0", "there is no toolkit")],
     )
-    def test_force_cuda_1_fails_rather_than_build_without(self, machine, monkeypatch, with_toolkit, cuda, kernels, why):
+    def test_force_cuda_1_fails_rather_than_build_without(self, machine, monkeypatch, with_toolkit, cuda, why):
         if with_toolkit:
             make_toolkit(machine / "usual" / "cuda")
         monkeypatch.setenv("FORCE_CUDA", "1")
         with pytest.raises(SystemExit, match=f"FORCE_CUDA=1, but {why}$"):
-            self.resolve(cuda, kernels)
+            self.resolve(cuda)
 
     def test_force_cuda_takes_no_other_value(self, machine, monkeypatch):
         monkeypatch.setenv("FORCE_CUDA", "yes")
@@ -199,6 +186,27 @@ class TestCompiler:
         assert "cbn_ext: no C++ compiler: looked for CXX=/nonexistent. Install one" in build.stderr
         assert "Traceback" not in build.stderr
         assert not list(tmp_path.iterdir())
+
+
+def test_build_without_cuda_removes_the_cuda_library_of_an_earlier_one(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("build_backend", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    package, library = tmp_path / "cbn_ext", tmp_path / "build" / "lib" / "cbn_ext"
+    for folder in (package, library):
+        folder.mkdir(parents=True)
+        (folder / "_C_cuda.abi3.so").touch()
+    shutil.copy(ROOT / "cbn_ext" / "_version.py", package)
+    environment = {**os.environ, "CXX": "true", "FORCE_CUDA": "0"}  # `true` compiles nothing
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "build/lib"]
+    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert [path.name for path in library.iterdir()] == ["_build.json"]
+    assert (package / "_C_cuda.abi3.so").exists()  # a wheel is built: what serves in place is not touched
+    # In place, where there is nothing to copy, the removal comes first.
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "build/lib", "--inplace"]
+    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    assert not (package / "_C_cuda.abi3.so").exists()
 
 
 def install_torch(packages, version):

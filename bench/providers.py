@@ -125,9 +125,11 @@ class ReferenceNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (N, C, H, W) and update the running statistics."""
         running = self.running_prior, self.running_mean, self.running_var
-        y, *batch = reference.forward(x, None, *running, self.weight, self.bias, training=True, eps=EPS)
+        y, _, _, batch = reference.forward(
+            x, None, None, *running, self.weight, self.bias, training=True, relu=False, eps=EPS
+        )
         with torch.no_grad():
-            reference.update_running(*running, *batch, points=x.numel() // x.shape[1], momentum=MOMENTUM)
+            reference.update_running(*running, batch, points=x.numel() // x.shape[1], momentum=MOMENTUM)
         return y
 
 
@@ -185,7 +187,7 @@ def expected_results(problem: Problem, block_elements: int = 2**20) -> tuple[Ten
         x = problem.x.detach()[:, part].double().requires_grad_()
         state = {name: value[:, part].double() for name, value in problem.state.items()}
         weight, bias = state.pop("weight").requires_grad_(), state.pop("bias").requires_grad_()
-        y = reference.forward(x, None, *state.values(), weight, bias, training=True, eps=EPS)[0]
+        y = reference.forward(x, None, None, *state.values(), weight, bias, training=True, relu=False, eps=EPS)[0]
         gradients = torch.autograd.grad(y, (x, weight, bias), problem.grad_output[:, part].double())
         blocks.append((y.detach(), *gradients))
     return tuple(torch.cat(pieces, 1) for pieces in zip(*blocks, strict=True))

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from ._extension import backend, load_error, native_available
+from ._extension import backend, load_error, native_available, warn_of_fallback
 
 #: Share of the start mixture's unit variance that lies between its components (the rest lies within each).
 _SPREAD = 0.5
 _RESPONSIBILITIES = ("channel", "joint")
+ACTIVATIONS = (None, "relu")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -53,6 +54,8 @@ def compound_batch_norm(
     eps: float = 1e-5,
     responsibility: str = "channel",
     detach_responsibility: bool = False,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """Normalise by a mixture of M Gaussians, one step of running EM (paper section 3.2, eqs 7-16).
 
@@ -68,12 +71,15 @@ def compound_batch_norm(
         eps: ε, added to every variance.
         responsibility: "channel", a mixture for each channel, or "joint", one over the channels of a point.
         detach_responsibility: treat the responsibilities as constants in the gradient, the classical EM reading.
+        residual: added to the result before the activation, of the input's shape and dtype; None for 0.
+        activation: "relu", or None for none. Both are part of the same passes over the input: nothing but the input,
+            and with residual and activation one bit per element, is kept for backward.
 
     Returns:
-        Σ_m p_m (γ_m (x − μ_m) / sqrt(σ²_m + ε) + β_m), of the input's shape, dtype and memory format.
+        act(Σ_m p_m (γ_m (x − μ_m) / sqrt(σ²_m + ε) + β_m) + residual), of the input's shape, dtype and memory format.
 
     Raises:
-        ValueError: one value per channel in training, or an unknown responsibility.
+        ValueError: one value per channel in training, an unknown responsibility or activation.
         RuntimeError: shapes, dtypes or devices that do not fit together.
         NotImplementedError: a dtype that is not supported, or joint mode with the backend "native".
     """
@@ -92,8 +98,9 @@ def compound_batch_norm(
         running = start_mixture(num_components, input.shape[1], responsibility, device=input.device, dtype=dtype)
         momentum = None
     return _normalize(
-        input, None, *running, weight, bias, training, momentum, eps, responsibility, detach_responsibility
-    )
+        input, residual, None, *running, weight, bias,
+        training, activation, momentum, eps, responsibility, detach_responsibility,
+    )  # fmt: skip
 
 
 def split_batch_norm(
@@ -105,6 +112,8 @@ def split_batch_norm(
     bias: Tensor | None,
     momentum: float | Tensor | None = 0.1,
     eps: float = 1e-5,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """Normalise each group of images by itself, with the group's own affine pair (paper section 3.3, eqs 17-18).
 
@@ -117,12 +126,13 @@ def split_batch_norm(
         weight, bias: γ and β (M, C), or None for 1 and 0.
         momentum: λ, the weight of the batch in the running statistics; None leaves them as they are.
         eps: ε, added to every variance.
+        residual, activation: as for `compound_batch_norm`.
 
     Returns:
         Of the input's shape, dtype and memory format.
 
     Raises:
-        ValueError: one value per channel in the whole batch.
+        ValueError: one value per channel in the whole batch, or an unknown activation.
         RuntimeError: shapes, dtypes, devices or groups that do not fit together.
         NotImplementedError: a dtype that is not supported.
     """
@@ -138,12 +148,14 @@ def split_batch_norm(
         raise RuntimeError(f"expected groups on {input.device}, the input's device, got {groups.device}")
     groups = groups.long()
     return _normalize(
-        input, groups, None, running_mean, running_var, weight, bias, True, momentum, eps, "channel", False
-    )
+        input, residual, groups, None, running_mean, running_var, weight, bias,
+        True, activation, momentum, eps, "channel", False,
+    )  # fmt: skip
 
 
 def _normalize(
     input: Tensor,
+    residual: Tensor | None,
     groups: Tensor | None,
     prior: Tensor | None,
     mean: Tensor,
@@ -151,22 +163,19 @@ def _normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
+    activation: str | None,
     momentum: float | Tensor | None,
     eps: float,
     responsibility: str,
     detach_responsibility: bool,
 ) -> Tensor:
-    _check(input, prior, mean, var, weight, bias, training, responsibility)
+    _check(input, residual, prior, mean, var, weight, bias, training, activation, responsibility)
     dtype = reference.compute_dtype(input.dtype)
     native = _use_native(input, responsibility)
-    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
-    # Backward needs the running statistics of this moment, and they change below.
-    copies = _opaque_copies if training and torch.compiler.is_compiling() else _copies
-    mean_used, var_used, *prior_used = copies([mean, var] if prior is None else [mean, var, prior], dtype)
-    prior_used = prior_used[0] if prior_used else None
-    y, *batch = _Normalize.apply(
-        input, weight, bias, groups, prior_used, mean_used, var_used,
-        training, eps, responsibility, detach_responsibility, native,
+    per_channel = (None if t is None else t.to(dtype) for t in (weight, bias, prior, mean, var))
+    y, _, _, batch = _Normalize.apply(
+        input, residual, groups, *per_channel,
+        training, activation == "relu", eps, responsibility, detach_responsibility, native,
     )  # fmt: skip
     if training and momentum is not None:
         with torch.no_grad():
@@ -174,49 +183,42 @@ def _normalize(
             native = native and not isinstance(momentum, Tensor) and mean.dtype == dtype
             update = ops.update_running if native else reference.update_running
             points = input.numel() // input.shape[1] if input.shape[1] else 0
-            update(prior, mean, var, *batch, points, momentum)
+            update(prior, mean, var, batch, points, momentum)
     return y
 
 
-def _copies(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [t.to(dtype, copy=True) for t in tensors]
-
-
-# The same as an operator: a compiled backward pass would rather copy again, after the tensors changed.
-_opaque_copies = torch.library.custom_op("cbn_ext::copies", _copies, mutates_args=())
-
-
-@_opaque_copies.register_fake
-def _(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [torch.empty_like(t, dtype=dtype) for t in tensors]
-
-
 def _use_native(input: Tensor, responsibility: str) -> bool:
-    choice = backend()
+    choice, device = backend(), input.device.type
     if choice == "reference":
         return False
-    serves = responsibility == "channel" and input.device.type == "cpu"
     if choice == "native":
-        if not native_available():
-            raise RuntimeError(f'the backend "native" is not available: {load_error()}')
-        if not serves:
-            raise NotImplementedError(
-                f'the backend "native" serves channel and split mode on the CPU, got {responsibility} on {input.device}'
-            )
-    return serves and native_available()
+        if responsibility != "channel":
+            raise NotImplementedError(f'the backend "native" serves channel and split mode, got {responsibility}')
+        if not native_available(device):
+            raise RuntimeError(f'the backend "native" is not available: {load_error(device)}')
+    if responsibility != "channel":
+        return False
+    if not native_available(device):
+        warn_of_fallback(device)
+        return False
+    return True
 
 
 def _check(
     input: Tensor,
+    residual: Tensor | None,
     prior: Tensor | None,
     mean: Tensor,
     var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
+    activation: str | None,
     responsibility: str,
 ) -> None:
     """Raise where the arguments do not fit together; the messages name what was expected and what came."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"expected activation in {ACTIVATIONS}, got {activation!r}")
     if input.dtype not in _DTYPES:
         raise NotImplementedError(f"expected an input of {_DTYPES}, got {input.dtype}")
     if not 2 <= input.dim() <= 5:
@@ -244,23 +246,32 @@ def _check(
             )
         if tensor is not None and tensor.device != input.device:
             raise RuntimeError(f"expected {name} on {input.device}, the input's device, got {tensor.device}")
+    if residual is not None:
+        # One that broadcasts would have a gradient of another shape than the output's.
+        for what in ("shape", "dtype", "device"):
+            wanted, got = getattr(input, what), getattr(residual, what)
+            if wanted != got:
+                raise RuntimeError(f"expected a residual of the input's {what} {wanted}, got {got}")
     if training and input.shape.numel() // max(channels, 1) == 1 and channels:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
 
 
 class _Normalize(torch.autograd.Function):
-    """Forward of every mode and backend. Saves x and per-channel tensors; responsibilities are recomputed."""
+    """Forward of every mode and backend. Saves x, the ReLU's mask and per-channel tensors; p is recomputed."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weight, bias, groups, prior, mean, var, training, eps, responsibility, detach, native):
-        arguments = (x, groups, prior, mean, var, weight, bias)
+    def forward(
+        x, residual, groups, weight, bias, prior, mean, var, training, relu, eps, responsibility, detach, native
+    ):  # fmt: skip
+        arguments = (x, residual, groups, prior, mean, var, weight, bias)
         if native:
-            return ops.forward(*arguments, training=training, eps=eps)
+            return ops.forward(*arguments, training=training, relu=relu, eps=eps)
         return reference.forward(
             *arguments,
             training=training,
+            relu=relu,
             eps=eps,
             responsibility=responsibility,
             detach_responsibility=detach,
@@ -268,18 +279,21 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, groups, prior, mean, var, *ctx.options = inputs
-        _, *batch = output
-        ctx.mark_non_differentiable(*batch)
+        x, residual, groups, weight, bias, _, _, _, training, relu, *options = inputs
+        _, mask, running, batch = output
+        ctx.options = (training, relu, *options)
+        ctx.mark_non_differentiable(mask, running, batch)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, groups, prior, mean, var, *batch)
+        ctx.save_for_backward(x, weight, bias, mask if relu and residual is not None else None, groups, running, batch)
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 12
-        grads = _NormalizeBackward.apply(grad, *ctx.saved_tensors, *ctx.options)
-        needed = (g if n else None for g, n in zip(grads, ctx.needs_input_grad[:3], strict=True))
+            return (None,) * 14
+        grad_x, grad_residual, grad_weight, grad_bias = _NormalizeBackward.apply(grad, *ctx.saved_tensors, *ctx.options)
+        masked = ctx.saved_tensors[3] is not None
+        grads = (grad_x, grad_residual if masked else grad, None, grad_weight, grad_bias)
+        needed = (g if n else None for g, n in zip(grads, ctx.needs_input_grad[:5], strict=True))
         return *needed, *[None] * 9
 
 
@@ -290,15 +304,15 @@ class _NormalizeBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad, x, weight, bias, groups, prior, mean, var, mass, batch_mean, batch_var,
-        training, eps, responsibility, detach, native,
+        grad, x, weight, bias, mask, groups, running, batch, training, relu, eps, responsibility, detach, native
     ):  # fmt: skip
-        arguments = (grad, x, groups, prior, mean, var, mass, batch_mean, batch_var, weight, bias)
+        arguments = (grad, x, mask, groups, running, batch, weight, bias)
         if native:
-            return ops.backward(*arguments, training=training, eps=eps, detach_responsibility=detach)
+            return ops.backward(*arguments, training=training, relu=relu, eps=eps, detach_responsibility=detach)
         return reference.backward(
             *arguments,
             training=training,
+            relu=relu,
             eps=eps,
             responsibility=responsibility,
             detach_responsibility=detach,
@@ -306,27 +320,35 @@ class _NormalizeBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad, x, weight, bias, groups, prior, mean, var, _, _, _, *options, _ = inputs
-        ctx.options = options
-        ctx.save_for_backward(grad, x, weight, bias, groups, prior, mean, var)
+        *tensors, training, relu, eps, responsibility, detach, native = inputs
+        ctx.options = (training, relu, eps, responsibility, detach, native)
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, *grad_grads):
-        grad, x, weight, bias, groups, *running = ctx.saved_tensors
-        training, eps, responsibility, detach = ctx.options
+        grad, x, weight, bias, mask, groups, running, _ = ctx.saved_tensors
+        training, relu, eps, responsibility, detach, _ = ctx.options
+        prior, mean, var = reference.unstacked(running, responsibility)
         # None (no affine) cannot be an argument of vjp; the gradients' formula is the same with 1 and 0.
-        affine = [weight if weight is not None else torch.ones_like(running[1])]
-        affine.append(bias if bias is not None else torch.zeros_like(running[1]))
+        affine = [torch.ones_like(mean) if weight is None else weight, torch.zeros_like(mean) if bias is None else bias]
+        gate = None
+        if mask is not None:
+            # Where gradients pass is a constant, and only the backend can read it.
+            ones = torch.ones_like(grad)
+            gate = _NormalizeBackward.apply(ones, *ctx.saved_tensors[1:], *ctx.options)[1].detach() != 0
 
         def output(x, weight, bias):
             return reference.forward(
-                x, groups, *running, weight, bias,
-                training=training, eps=eps, responsibility=responsibility, detach_responsibility=detach,
+                x, None, groups, prior, mean, var, weight, bias,
+                training=training, relu=relu and mask is None, eps=eps,
+                responsibility=responsibility, detach_responsibility=detach,
             )[0]  # fmt: skip
 
         def gradients(grad, x, weight, bias):
-            return torch.func.vjp(output, x, weight, bias)[1](grad)
+            passed = grad if gate is None else torch.where(gate, grad, 0.0)
+            grad_x, grad_weight, grad_bias = torch.func.vjp(output, x, weight, bias)[1](passed)
+            return grad_x, passed if gate is not None else grad.new_empty(0), grad_weight, grad_bias
 
         results = torch.func.vjp(gradients, grad, x, *affine)[1](grad_grads)
         needed = (r if n else None for r, n in zip(results, ctx.needs_input_grad[:4], strict=True))
-        return *needed, *[None] * 12
+        return *needed, *[None] * 10

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .functional import compound_batch_norm, split_batch_norm, start_mixture
+from .functional import ACTIVATIONS, compound_batch_norm, split_batch_norm, start_mixture
 from .split import current_groups
 
 _AFFINE_STARTS = ("preserve", "unit")
@@ -100,6 +100,9 @@ class _CompoundBatchNorm(nn.Module):
             ValueError: a wrong number of dimensions, or one value per channel in training.
             RuntimeError: a wrong number of channels, or dtypes or devices that do not fit.
         """
+        return self._normalize(input)
+
+    def _normalize(self, input: Tensor, **fused) -> Tensor:
         if input.dim() not in self._input_dims:
             expected = " or ".join(f"{d}D" for d in self._input_dims)
             raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
@@ -119,7 +122,7 @@ class _CompoundBatchNorm(nn.Module):
 
         groups = current_groups()
         if self.training and groups is not None:
-            return split_batch_norm(input, groups, *running[1:], self.weight, self.bias, momentum, self.eps)
+            return split_batch_norm(input, groups, *running[1:], self.weight, self.bias, momentum, self.eps, **fused)
         return compound_batch_norm(
             input,
             *running,
@@ -130,6 +133,7 @@ class _CompoundBatchNorm(nn.Module):
             self.eps,
             self.responsibility,
             self.detach_responsibility,
+            **fused,
         )
 
     def extra_repr(self) -> str:
@@ -233,3 +237,53 @@ class CompoundBatchNorm2d(_CompoundBatchNorm):
 class CompoundBatchNorm3d(_CompoundBatchNorm):
     __doc__ = "Compound batch normalization of (N, C, D, H, W) inputs." + _ARGUMENTS
     _input_dims = (5,)
+
+
+class _ActivatedNorm(_CompoundBatchNorm):
+    """What the layers with an activation add to those without."""
+
+    def __init__(self, *arguments, activation: str | None = "relu", **options) -> None:
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"expected activation in {ACTIVATIONS}, got {activation!r}")
+        super().__init__(*arguments, **options)
+        self.activation = activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(cbn(input) + residual), both (N, C, ...); None stands for 0.
+
+        Raises:
+            ValueError: a wrong number of dimensions, or one value per channel in training.
+            RuntimeError: a wrong number of channels, or shapes, dtypes or devices that do not fit.
+        """
+        return self._normalize(input, residual=residual, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        """The arguments the layer was made with."""
+        return f"{super().extra_repr()}, activation={self.activation!r}"
+
+
+_FUSED = """, a residual and a ReLU in one.
+
+    `layer(x, residual=None)` is act(cbn(x) + residual), computed in the passes over x that the normalization makes, and
+    kept for backward is x alone, with a residual also one bit per element. Parameters, state and other arguments are
+    those of `{}`.
+
+    Args:
+        activation: "relu", or None for none.
+        arguments, options: as for `{}`.
+
+    Raises:
+        ValueError: an argument outside of what is named here and there.
+    """
+
+
+class CompoundBatchNormAct1d(_ActivatedNorm, CompoundBatchNorm1d):
+    __doc__ = "Compound batch normalization of (N, C) or (N, C, L) inputs" + _FUSED.format(*["CompoundBatchNorm1d"] * 2)
+
+
+class CompoundBatchNormAct2d(_ActivatedNorm, CompoundBatchNorm2d):
+    __doc__ = "Compound batch normalization of (N, C, H, W) inputs" + _FUSED.format(*["CompoundBatchNorm2d"] * 2)
+
+
+class CompoundBatchNormAct3d(_ActivatedNorm, CompoundBatchNorm3d):
+    __doc__ = "Compound batch normalization of (N, C, D, H, W) inputs" + _FUSED.format(*["CompoundBatchNorm3d"] * 2)

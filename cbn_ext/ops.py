@@ -11,6 +11,7 @@ from ._extension import native_available
 
 def forward(
     x: Tensor,
+    residual: Tensor | None,
     groups: Tensor | None,
     prior: Tensor | None,
     mean: Tensor,
@@ -19,60 +20,39 @@ def forward(
     bias: Tensor | None,
     *,
     training: bool,
+    relu: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output like x (N, C, ...); the batch's mass, mean and variance (M, C), empty in evaluation."""
-    return torch.ops.cbn_ext.forward(x, groups, prior, mean, var, weight, bias, training, eps)
+    """Output like x (N, C, ...), the ReLU's mask, running and batch statistics (3, M, C); see `reference.forward`."""
+    return torch.ops.cbn_ext.forward(x, residual, groups, prior, mean, var, weight, bias, training, relu, eps)
 
 
 def backward(
     grad: Tensor,
     x: Tensor,
+    mask: Tensor | None,
     groups: Tensor | None,
-    prior: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    mass: Tensor,
-    batch_mean: Tensor,
-    batch_var: Tensor,
+    running: Tensor,
+    batch: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     *,
     training: bool,
+    relu: bool,
     eps: float,
     detach_responsibility: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for x (N, C, ...), weight (M, C) and bias (M, C)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients for x (N, C, ...), the residual (like x with a mask, else empty), weight and bias (M, C)."""
     return torch.ops.cbn_ext.backward(
-        grad,
-        x,
-        groups,
-        prior,
-        mean,
-        var,
-        mass,
-        batch_mean,
-        batch_var,
-        weight,
-        bias,
-        training,
-        detach_responsibility,
-        eps,
+        grad, x, mask, groups, running, batch, weight, bias, training, relu, detach_responsibility, eps
     )
 
 
 def update_running(
-    prior: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    mass: Tensor,
-    batch_mean: Tensor,
-    batch_var: Tensor,
-    points: int,
-    momentum: float,
+    prior: Tensor | None, mean: Tensor, var: Tensor, batch: Tensor, points: int, momentum: float
 ) -> None:
-    """Move the running statistics (M, C) towards the batch's, in place, in one call."""
-    torch.ops.cbn_ext.update_running(prior, mean, var, mass, batch_mean, batch_var, points, momentum)
+    """Move the running statistics (M, C) towards the batch's (3, M, C), in place, in one call."""
+    torch.ops.cbn_ext.update_running(prior, mean, var, batch, points, momentum)
 
 
 if native_available():
@@ -82,14 +62,18 @@ if native_available():
         return torch.empty_like(x, memory_format=torch.preserve_format if dense else torch.contiguous_format)
 
     @torch.library.register_fake("cbn_ext::forward")
-    def _(x, groups, prior, mean, var, weight, bias, training, eps):
-        statistics = [torch.empty_like(mean) if training else mean.new_empty(0) for _ in range(3)]
-        return _empty_like(x), *statistics
+    def _(x, residual, groups, prior, mean, var, weight, bias, training, relu, eps):
+        bits = x.numel() if relu and residual is not None else 0
+        mask = x.new_empty((bits + 31) // 32 * 4, dtype=torch.uint8)
+        statistics = (3, *mean.shape)
+        return _empty_like(x), mask, mean.new_empty(statistics), mean.new_empty(statistics if training else 0)
 
     @torch.library.register_fake("cbn_ext::backward")
-    def _(grad, x, groups, prior, mean, var, mass, batch_mean, batch_var, weight, bias, training, detach, eps):
-        return _empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
+    def _(grad, x, mask, groups, running, batch, weight, bias, training, relu, detach_responsibility, eps):
+        grad_x = _empty_like(x)
+        grad_residual = x.new_empty(0) if mask is None else torch.empty_like(grad_x)
+        return grad_x, grad_residual, running.new_empty(running.shape[1:]), running.new_empty(running.shape[1:])
 
     @torch.library.register_fake("cbn_ext::update_running")
-    def _(prior, mean, var, mass, batch_mean, batch_var, points, momentum):
+    def _(prior, mean, var, batch, points, momentum):
         return None

@@ -78,6 +78,7 @@ def batch_statistics(x: Tensor, p: Tensor, mean: Tensor, var: Tensor) -> tuple[T
 
 def forward(
     x: Tensor,
+    residual: Tensor | None,
     groups: Tensor | None,
     prior: Tensor | None,
     mean: Tensor,
@@ -86,29 +87,37 @@ def forward(
     bias: Tensor | None,
     *,
     training: bool,
+    relu: bool,
     eps: float,
     responsibility: str = "channel",
     detach_responsibility: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Normalise by every component and combine (eqs 7, 16), differentiable by autograd.
+    """Normalise by every component and combine (eqs 7, 16), add and activate; differentiable by autograd.
 
     Args:
         x: input (N, C, ...).
+        residual: what is added to the normalised x, like x, or None for 0.
         groups: component of each image (N,) for split normalization, or None.
         prior, mean, var: running statistics, (M, C); the prior (M,) in joint mode, unused with `groups`.
         weight, bias: one affine pair per component (M, C), or None for 1 and 0.
         training: normalise with the batch's statistics rather than the running ones.
+        relu: max(0, ·) of the sum.
 
     Returns:
-        The output like x, and the batch's mass, mean and biased variance, (M, C) each; in evaluation three empty
-        tensors.
+        The output like x, and what `backward` needs: with `relu` and a residual the ReLU's mask, uint8, one bit per
+        element, else an empty tensor; copies of prior (0 for None), mean and variance, stacked to (3, M, C); in
+        training the batch's mass, mean and biased variance, stacked likewise, else an empty tensor.
 
     Raises:
         RuntimeError: groups outside of 0 to M − 1.
     """
+    # The statistics move between this pass and its backward pass, where a compiler may repeat what is computed here.
+    copies = _opaque_stacked if training and torch.compiler.is_compiling() else _stacked
+    running = copies(prior, mean, var)
+    prior, mean, var = unstacked(running, responsibility)
     if x.numel() == 0:
-        batch = (torch.zeros_like(mean), mean.clone(), var.clone()) if training else _no_statistics(mean)
-        return x.clone(), *batch
+        batch = torch.stack([torch.zeros_like(mean), mean, var]) if training else mean.new_empty(0)
+        return x.clone(), x.new_empty(0, dtype=torch.uint8), running, batch
     # On a device this would wait for it, and a compiled graph cannot branch on values.
     if groups is not None and groups.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = groups.min().item(), groups.max().item()
@@ -118,57 +127,100 @@ def forward(
     p = responsibilities(wide, groups, prior, mean, var, eps, responsibility)
     if detach_responsibility:
         p = p.detach()
+    batch = mean.new_empty(0)
     if training:
         mass, mean, var = batch_statistics(wide, p, mean, var)
+        batch = torch.stack([mass, mean, var])
     scale = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)
     branches = (wide - _along_channels(mean, x)) * _along_channels(scale, x)
     if bias is not None:
         branches = branches + _along_channels(bias, x)
-    y = _like((p * branches).sum(0), x)
-    return (y, mass, mean, var) if training else (y, *_no_statistics(mean))
+    y = (p * branches).sum(0)
+    if residual is not None:
+        y = y + residual
+    mask = _packed(~(y <= 0)) if relu and residual is not None else x.new_empty(0, dtype=torch.uint8)
+    return _like(y.relu() if relu else y, x), mask, running, batch
 
 
-def _no_statistics(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return like.new_empty(0), like.new_empty(0), like.new_empty(0)
+def _stacked(prior: Tensor | None, mean: Tensor, var: Tensor) -> Tensor:
+    prior = torch.zeros_like(mean) if prior is None else prior.reshape(mean.shape[0], -1).expand(mean.shape)
+    return torch.stack([prior, mean, var])
+
+
+# The same as an operator: a compiled backward pass would rather stack again, after the statistics have moved.
+_opaque_stacked = torch.library.custom_op("cbn_ext::stacked", _stacked, mutates_args=())
+
+
+@_opaque_stacked.register_fake
+def _(prior: Tensor | None, mean: Tensor, var: Tensor) -> Tensor:
+    return mean.new_empty(3, *mean.shape)
+
+
+def unstacked(running: Tensor, responsibility: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Prior (M, C), or (M,) in joint mode, mean and variance (M, C) of `running` (3, M, C)."""
+    prior, mean, var = running.unbind()
+    return prior[:, :1].flatten() if responsibility == "joint" else prior, mean, var
+
+
+def _packed(gate: Tensor) -> Tensor:
+    """Eight booleans to a byte, in the order of indices, the last byte filled up with zeros."""
+    bits = torch.nn.functional.pad(gate.flatten().to(torch.uint8), (0, -gate.numel() % 8)).reshape(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=gate.device)).sum(1, dtype=torch.uint8)
+
+
+def _unpacked(mask: Tensor, like: Tensor) -> Tensor:
+    bits = mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
+    return bits.flatten()[: like.numel()].reshape(like.shape).bool()
 
 
 def backward(
     grad: Tensor,
     x: Tensor,
+    mask: Tensor | None,
     groups: Tensor | None,
-    prior: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    mass: Tensor,
-    batch_mean: Tensor,
-    batch_var: Tensor,
+    running: Tensor,
+    batch: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     *,
     training: bool,
+    relu: bool,
     eps: float,
     responsibility: str = "channel",
     detach_responsibility: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `forward` for x, weight and bias, in closed form; p is recomputed, nothing but x was saved."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `forward` for x, residual, weight and bias, in closed form, from x and what forward returned.
+
+    `mask` is given where there were a ReLU and a residual, whose gradient then is the masked `grad`; else it is `grad`
+    itself, and an empty tensor stands for it.
+    """
     if x.numel() == 0:
-        return torch.empty_like(x), torch.zeros_like(mean), torch.zeros_like(mean)
+        none = torch.zeros_like(running[1])
+        return torch.empty_like(x), x.new_empty(0) if mask is None else torch.empty_like(x), none, none.clone()
     dims = _reduced_dims(x)
     wide, g = x.to(compute_dtype(x.dtype)), grad.to(compute_dtype(x.dtype))
+    prior, mean, var = unstacked(running, responsibility)
     p = responsibilities(wide, groups, prior, mean, var, eps, responsibility)
-    used_mean, used_var = (batch_mean, batch_var) if training else (mean, var)
+    mass, used_mean, used_var = batch.unbind() if training else (None, mean, var)
     r = torch.rsqrt(used_var + eps)
     scale = r if weight is None else weight * r
 
     deviation = wide - _along_channels(used_mean, x)
+    branches = deviation * _along_channels(scale, x)
+    if bias is not None:
+        branches = branches + _along_channels(bias, x)
+    grad_residual = x.new_empty(0)
+    if mask is not None:
+        g = torch.where(_unpacked(mask, x), g, 0.0)
+        grad_residual = _like(g, x)
+    elif relu:
+        g = torch.where((p * branches).sum(0) <= 0, 0.0, g)
     weighted = p * g
     grad_bias = weighted.sum(dims)
     grad_weight = (weighted * deviation).sum(dims) * r
 
     # f: what one unit of p is worth to the loss, by the output and by the moments; slope: df/dx with g held.
-    f = g * (deviation * _along_channels(scale, x))
-    if bias is not None:
-        f = f + g * _along_channels(bias, x)
+    f = g * branches
     slope = g * _along_channels(scale, x)
     if training:
         absent = _is_absent(mass)
@@ -183,16 +235,14 @@ def backward(
         if responsibility == "joint":
             f = f.sum(2, keepdim=True)
         grad_x = grad_x + (p * (f - (p * f).sum(0)) * log_slope).sum(0)
-    return _like(grad_x, x), grad_weight, grad_bias
+    return _like(grad_x, x), grad_residual, grad_weight, grad_bias
 
 
 def update_running(
     prior: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    mass: Tensor,
-    batch_mean: Tensor,
-    batch_var: Tensor,
+    batch: Tensor,
     points: int,
     momentum: float | Tensor,
 ) -> None:
@@ -200,21 +250,22 @@ def update_running(
 
     Args:
         prior, mean, var: running statistics, changed in place; `prior` None (split mode) is left alone.
-        mass, batch_mean, batch_var: the batch's statistics (M, C).
+        batch: the batch's mass, mean and biased variance, (3, M, C).
         points: points per channel P; with 0 nothing changes.
         momentum: weight of the batch, a number or a tensor of one element.
     """
     if points == 0:
         return
+    mass, batch_mean, batch_var = batch.unbind()
     absent = _is_absent(mass)
     unbiased = batch_var * (mass / (mass - 1).clamp_min(1))
     targets = [(mean, batch_mean, absent), (var, unbiased, absent)]
     if prior is not None:
         share = (mass if prior.dim() == 2 else mass[:, 0]) / points
         targets.append((prior, share, torch.zeros_like(share, dtype=torch.bool)))
-    for running, batch, kept in targets:
+    for running, target, kept in targets:
         # Rounded once, to the dtype of the running statistics.
-        moved = (1 - momentum) * running.to(batch.dtype) + momentum * batch
+        moved = (1 - momentum) * running.to(target.dtype) + momentum * target
         running.copy_(torch.where(kept, running, moved))
 
 

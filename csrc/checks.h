@@ -10,10 +10,13 @@
 #include <sstream>
 #include <string>
 
+#include "mixture.h"
+
 namespace cbn {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 inline std::string shape_of(const Tensor& t) {
   std::ostringstream out;
@@ -44,11 +47,6 @@ inline void check_statistic(const Tensor& t, const char* name, const Tensor& x, 
   STD_TORCH_CHECK(t.device() == x.device(), "expected ", name, " on the device of x");
 }
 
-inline void check_components(const Tensor& mean, int64_t most) {
-  STD_TORCH_CHECK(mean.dim() == 2 && mean.size(0) >= 1 && mean.size(0) <= most,
-                  "expected mean of shape (M, C), M from 1 to ", most, ", got ", shape_of(mean));
-}
-
 inline void check_groups(const Tensor& groups, const Tensor& x) {
   STD_TORCH_CHECK(groups.dim() == 1 && groups.size(0) == x.size(0), "expected groups of shape (", x.size(0), "), got ",
                   shape_of(groups));
@@ -56,10 +54,82 @@ inline void check_groups(const Tensor& groups, const Tensor& x) {
   STD_TORCH_CHECK(groups.device() == x.device(), "expected groups on the device of x");
 }
 
-inline void check_same_shape(const Tensor& grad, const Tensor& x) {
-  STD_TORCH_CHECK(shape_of(grad) == shape_of(x), "expected grad of shape ", shape_of(x), ", got ", shape_of(grad));
-  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "expected grad of ", x.scalar_type(), ", got ",
-                  grad.scalar_type());
+// The gradient, the residual: of x's shape and dtype, on its device.
+inline void check_like(const Tensor& t, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(shape_of(t) == shape_of(x), "expected ", name, " of shape ", shape_of(x), ", got ", shape_of(t));
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "expected ", name, " of ", x.scalar_type(), ", got ",
+                  t.scalar_type());
+  STD_TORCH_CHECK(t.device() == x.device(), "expected ", name, " on the device of x");
+}
+
+// (3, M, C), as forward gave it.
+inline void check_stacked(const Tensor& t, const char* name, const Tensor& x, int64_t components) {
+  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == 3 && t.size(1) == components && t.size(2) == x.size(1), "expected ",
+                  name, " of shape (3, ", components, ", ", x.size(1), "), got ", shape_of(t));
+  STD_TORCH_CHECK(t.scalar_type() == statistics_type(x.scalar_type()), "expected ", name, " of ",
+                  statistics_type(x.scalar_type()), " for x of ", x.scalar_type(), ", got ", t.scalar_type());
+  STD_TORCH_CHECK(t.device() == x.device(), "expected ", name, " on the device of x");
+}
+
+// Bytes of a mask of one bit per element, whole words of 32 bits.
+inline int64_t mask_bytes(const Tensor& x) { return (x.numel() + 31) / 32 * 4; }
+
+// What forward requires of its arguments.
+inline void check_forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& groups,
+                          const OptionalTensor& prior, const Tensor& mean, const Tensor& var,
+                          const OptionalTensor& weight, const OptionalTensor& bias) {
+  check_input(x);
+  STD_TORCH_CHECK(mean.dim() == 2 && mean.size(0) >= 1 && mean.size(0) <= kMaxComponents,
+                  "expected mean of shape (M, C), M from 1 to ", kMaxComponents, ", got ", shape_of(mean));
+  const int64_t components = mean.size(0);
+  check_statistic(mean, "mean", x, components);
+  check_statistic(var, "var", x, components);
+  if (weight) check_statistic(*weight, "weight", x, components);
+  if (bias) check_statistic(*bias, "bias", x, components);
+  if (residual) check_like(*residual, "residual", x);
+  if (groups) check_groups(*groups, x);
+  STD_TORCH_CHECK(groups || prior || components == 1, "expected prior or groups for ", components,
+                  " components, got neither");
+  if (prior) check_statistic(*prior, "prior", x, components);
+}
+
+// What backward requires of its arguments.
+inline void check_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& mask,
+                           const OptionalTensor& groups, const Tensor& running, const Tensor& batch,
+                           const OptionalTensor& weight, const OptionalTensor& bias, bool training, bool relu) {
+  check_input(x);
+  check_like(grad, "grad", x);
+  STD_TORCH_CHECK(running.dim() == 3 && running.size(1) >= 1 && running.size(1) <= kMaxComponents,
+                  "expected running of shape (3, M, C), M from 1 to ", kMaxComponents, ", got ", shape_of(running));
+  const int64_t components = running.size(1);
+  check_stacked(running, "running", x, components);
+  if (training) check_stacked(batch, "batch", x, components);
+  if (weight) check_statistic(*weight, "weight", x, components);
+  if (bias) check_statistic(*bias, "bias", x, components);
+  if (groups) check_groups(*groups, x);
+  if (!mask) return;
+  STD_TORCH_CHECK(relu, "expected no mask without relu, got one of shape ", shape_of(*mask));
+  STD_TORCH_CHECK(mask->dim() == 1 && mask->size(0) == mask_bytes(x) && mask->scalar_type() == ScalarType::Byte,
+                  "expected mask of ", mask_bytes(x), " bytes, as forward gave it, got shape ", shape_of(*mask), " of ",
+                  mask->scalar_type());
+  STD_TORCH_CHECK(mask->device() == x.device(), "expected mask on the device of x");
+}
+
+// What update_running requires of its arguments.
+inline void check_update_running(const OptionalTensor& prior, const Tensor& mean, const Tensor& var,
+                                 const Tensor& batch) {
+  const ScalarType type = mean.scalar_type();
+  STD_TORCH_CHECK(mean.dim() == 2, "expected mean of shape (M, C), got ", shape_of(mean));
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
+                  "expected running statistics of float32 or float64, got ", type);
+  const auto check = [&](const Tensor& t, const char* name, const std::string& shape) {
+    STD_TORCH_CHECK(shape_of(t) == shape && t.scalar_type() == type, "expected ", name, " of shape ", shape, " and ",
+                    type, ", got ", shape_of(t), " and ", t.scalar_type());
+    STD_TORCH_CHECK(t.device() == mean.device(), "expected ", name, " on the device of mean");
+  };
+  check(var, "var", shape_of(mean));
+  if (prior) check(*prior, "prior", shape_of(mean));
+  check(batch, "batch", "(3, " + shape_of(mean).substr(1));
 }
 
 }  // namespace cbn

@@ -7,19 +7,15 @@
 
 STABLE_TORCH_LIBRARY(cbn_ext, m) {
   m.def(
-      "forward(Tensor x, Tensor? groups, Tensor? prior, Tensor mean, Tensor var, Tensor? weight, Tensor? "
-      "bias, "
-      "bool training, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+      "forward(Tensor x, Tensor? residual, Tensor? groups, Tensor? prior, Tensor mean, Tensor var, Tensor? weight, "
+      "Tensor? bias, bool training, bool relu, float eps) -> (Tensor y, Tensor mask, Tensor running, Tensor batch)");
   m.def(
-      "backward(Tensor grad, Tensor x, Tensor? groups, Tensor? prior, Tensor mean, Tensor var, Tensor "
-      "batch_mass, "
-      "Tensor batch_mean, Tensor batch_var, Tensor? weight, Tensor? bias, bool training, bool "
-      "detach_responsibility, "
-      "float eps) -> (Tensor, Tensor, Tensor)");
+      "backward(Tensor grad, Tensor x, Tensor? mask, Tensor? groups, Tensor running, Tensor batch, Tensor? weight, "
+      "Tensor? bias, bool training, bool relu, bool detach_responsibility, float eps) "
+      "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
   m.def(
-      "update_running(Tensor(a!)? prior, Tensor(b!) mean, Tensor(c!) var, Tensor batch_mass, Tensor "
-      "batch_mean, "
-      "Tensor batch_var, SymInt points, float momentum) -> ()");
+      "update_running(Tensor(a!)? prior, Tensor(b!) mean, Tensor(c!) var, Tensor batch, SymInt points, "
+      "float momentum) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cbn_ext, CPU, m) {

@@ -58,11 +58,12 @@ def test_public_names():
         (
             compound_batch_norm,
             "(input, running_prior, running_mean, running_var, weight, bias, training=False, momentum=0.1, eps=1e-05, "
-            "responsibility='channel', detach_responsibility=False)",
+            "responsibility='channel', detach_responsibility=False, residual=None, activation=None)",
         ),
         (
             split_batch_norm,
-            "(input, groups, running_mean, running_var, weight, bias, momentum=0.1, eps=1e-05)",
+            "(input, groups, running_mean, running_var, weight, bias, momentum=0.1, eps=1e-05, "
+            "residual=None, activation=None)",
         ),
         (cbn_ext.class_groups, "(num_classes, num_groups, order='contiguous')"),
         (cbn_ext.split_path, "(groups)"),

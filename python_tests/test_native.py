@@ -48,14 +48,15 @@ def test_every_number_of_components(components, layout, training):
 
 def forward_arguments(case):
     x, _, groups, prior, mean, var, weight, bias = case.arguments()
-    return x, groups, None if groups is not None else prior, mean, var, weight, bias, case.training, EPS
+    prior = None if groups is not None else prior
+    return x, None, groups, prior, mean, var, weight, bias, case.training, False, EPS
 
 
 def backward_arguments(case):
-    x, groups, prior, mean, var, weight, bias, training, eps = forward_arguments(case)
-    _, *batch = OPS.forward(x, groups, prior, mean, var, weight, bias, training, eps)
+    x, _, groups, _, _, _, weight, bias, training, relu, eps = arguments = forward_arguments(case)
+    _, _, running, batch = OPS.forward(*arguments)
     grad = case.arguments().grad
-    return grad, x, groups, prior, mean, var, *batch, weight, bias, training, case.detach, eps
+    return grad, x, None, groups, running, batch, weight, bias, training, relu, case.detach, eps
 
 
 OPCHECK_CASES = [
@@ -88,22 +89,25 @@ def test_opcheck_backward(case):
 @pytest.mark.parametrize("mode", ["channel", "split"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_opcheck_update_running(mode, dtype):
-    x, _, prior, mean, var, *_ = arguments = forward_arguments(Case(mode=mode, dtype=dtype))
-    _, *batch = OPS.forward(*arguments)
+    x, _, _, prior, mean, var, *_ = arguments = forward_arguments(Case(mode=mode, dtype=dtype))
+    _, _, _, batch = OPS.forward(*arguments)
     points = x.numel() // x.shape[1]
-    torch.library.opcheck(OPS.update_running.default, (prior, mean, var, *batch, points, MOMENTUM))
+    torch.library.opcheck(OPS.update_running.default, (prior, mean, var, batch, points, MOMENTUM))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_opcheck_copies(dtype):
-    torch.library.opcheck(OPS.copies.default, ([torch.randn(4, 3), torch.randn(4)], dtype))
+@pytest.mark.parametrize("prior", [None, torch.rand(4), torch.rand(4, 3)], ids=["none", "joint", "channel"])
+def test_opcheck_stacked(prior):
+    torch.library.opcheck(OPS.stacked.default, (prior, torch.randn(4, 3), torch.rand(4, 3)))
 
 
 @pytest.mark.parametrize("case", [c for c in OPCHECK_CASES if c.training and c.shape[0]], ids=str)
 def test_forward_returns_the_batch_statistics(case):
-    x, groups, prior, mean, var, *_ = arguments = forward_arguments(case)
-    y, mass, batch_mean, batch_var = OPS.forward(*arguments)
-    step = oracle.train_step(x, prior, mean, var, *arguments[5:7], groups=groups, eps=EPS)
+    x, _, groups, prior, mean, var, weight, bias, *_ = arguments = forward_arguments(case)
+    y, mask, running, (mass, batch_mean, batch_var) = OPS.forward(*arguments)
+    assert mask.shape == (0,)
+    for copy, used in zip(running, (torch.zeros_like(mean) if prior is None else prior, mean, var), strict=True):
+        assert torch.equal(copy, used) and copy.data_ptr() != used.data_ptr()
+    step = oracle.train_step(x, prior, mean, var, weight, bias, groups=groups, eps=EPS)
     assert_close(y, step.y, "output", case.dtype)
     assert_close(mass, step.mass, "statistics", case.dtype)
     assert_close(batch_var, step.var, "statistics", case.dtype)
@@ -113,8 +117,8 @@ def test_forward_returns_the_batch_statistics(case):
 
 
 def test_evaluation_returns_no_statistics():
-    _, *batch = OPS.forward(*forward_arguments(Case(training=False)))
-    assert [t.shape for t in batch] == [(0,)] * 3
+    _, _, running, batch = OPS.forward(*forward_arguments(Case(training=False)))
+    assert batch.shape == (0,) and running.shape == (3, 4, 5)
 
 
 def test_inputs_are_not_changed():
@@ -131,15 +135,17 @@ def test_inputs_are_not_changed():
     [
         (0, torch.ones(4, 5, 6, 7, dtype=torch.int32), "float32.*[Ii]nt"),
         (0, torch.ones(5), r"\(5\)"),
-        (1, torch.zeros(3, dtype=torch.int64), r"\(4\).*\(3\)"),
-        (1, torch.zeros(4), "int64.*[Ff]loat"),
-        (2, None, "prior"),
-        (3, torch.zeros(17, 5), r"16.*\(17, 5\)"),
-        (3, torch.zeros(5), r"\(5\)"),
-        (4, torch.ones(4, 6), r"var.*\(4, 5\).*\(4, 6\)"),
-        (4, torch.ones(4, 5, dtype=torch.float64), "var.*[Ff]loat.*[Dd]ouble"),
-        (5, torch.ones(3, 5), r"weight.*\(4, 5\).*\(3, 5\)"),
-        (6, torch.ones(4, 5, dtype=torch.float16), "bias.*[Ff]loat.*[Hh]alf"),
+        (1, torch.ones(4, 5, 6, 1), r"residual.*\(4, 5, 6, 7\).*\(4, 5, 6, 1\)"),
+        (1, torch.ones(4, 5, 6, 7, dtype=torch.float64), "residual.*[Ff]loat.*[Dd]ouble"),
+        (2, torch.zeros(3, dtype=torch.int64), r"\(4\).*\(3\)"),
+        (2, torch.zeros(4), "int64.*[Ff]loat"),
+        (3, None, "prior"),
+        (4, torch.zeros(17, 5), r"16.*\(17, 5\)"),
+        (4, torch.zeros(5), r"\(5\)"),
+        (5, torch.ones(4, 6), r"var.*\(4, 5\).*\(4, 6\)"),
+        (5, torch.ones(4, 5, dtype=torch.float64), "var.*[Ff]loat.*[Dd]ouble"),
+        (6, torch.ones(3, 5), r"weight.*\(4, 5\).*\(3, 5\)"),
+        (7, torch.ones(4, 5, dtype=torch.float16), "bias.*[Ff]loat.*[Hh]alf"),
     ],
 )
 def test_forward_refuses_what_does_not_fit(position, wrong, message):
@@ -155,9 +161,11 @@ def test_forward_refuses_what_does_not_fit(position, wrong, message):
     [
         (0, torch.ones(4, 5, 6, 8), r"grad.*\(4, 5, 6, 7\).*\(4, 5, 6, 8\)"),
         (0, torch.ones(4, 5, 6, 7, dtype=torch.float64), "grad.*[Ff]loat.*[Dd]ouble"),
-        (6, torch.ones(3, 5), r"batch_mass.*\(4, 5\).*\(3, 5\)"),
-        (7, torch.ones(4, 6), r"batch_mean.*\(4, 5\).*\(4, 6\)"),
-        (8, torch.ones(4, 5, dtype=torch.float64), "batch_var.*[Ff]loat.*[Dd]ouble"),
+        (2, torch.zeros(105, dtype=torch.uint8), "no mask without relu"),
+        (4, torch.ones(3, 17, 5), r"running.*16.*\(3, 17, 5\)"),
+        (4, torch.ones(3, 4, 6), r"running.*\(3, 4, 5\).*\(3, 4, 6\)"),
+        (5, torch.ones(3, 3, 5), r"batch.*\(3, 4, 5\).*\(3, 3, 5\)"),
+        (5, torch.ones(3, 4, 5, dtype=torch.float64), "batch.*[Ff]loat.*[Dd]ouble"),
     ],
 )
 def test_backward_refuses_what_does_not_fit(position, wrong, message):
@@ -167,13 +175,11 @@ def test_backward_refuses_what_does_not_fit(position, wrong, message):
         OPS.backward(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("position", "name"), [(0, "prior"), (2, "var"), (3, "batch_mass"), (4, "batch_mean"), (5, "batch_var")]
-)
+@pytest.mark.parametrize(("position", "name"), [(0, "prior"), (2, "var"), (3, "batch")])
 def test_update_refuses_what_does_not_fit(position, name):
-    arguments = [torch.ones(4, 5) for _ in range(6)]
-    arguments[position] = torch.ones(4, 6)
-    with pytest.raises(RuntimeError, match=rf"{name}.*\(4, 5\).*\(4, 6\)"):
+    arguments = [torch.ones(4, 5), torch.ones(4, 5), torch.ones(4, 5), torch.ones(3, 4, 5)]
+    arguments[position] = arguments[position][..., :4]
+    with pytest.raises(RuntimeError, match=rf"{name}.*4, 5\).*4, 4\)"):
         OPS.update_running(*arguments, 10, MOMENTUM)
 
 

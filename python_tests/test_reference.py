@@ -21,9 +21,10 @@ def test_forward_returns_the_batch_statistics(mode, data):
     case = Case(mode=mode, data=data, dtype=torch.float64)
     x, _, groups, prior, mean, var, weight, bias = case.arguments()
     responsibility = "joint" if mode == "joint" else "channel"
-    y, mass, batch_mean, batch_var = reference.forward(
-        x, groups, prior, mean, var, weight, bias, training=True, eps=EPS, responsibility=responsibility
-    )
+    y, _, _, (mass, batch_mean, batch_var) = reference.forward(
+        x, None, groups, prior, mean, var, weight, bias,
+        training=True, relu=False, eps=EPS, responsibility=responsibility,
+    )  # fmt: skip
     step = oracle.train_step(x, prior, mean, var, weight, bias, groups=groups, eps=EPS, responsibility=responsibility)
     assert_close(y, step.y, "output", x.dtype)
     for actual, wanted in ((mass, step.mass), (batch_mean, step.mean), (batch_var, step.var)):
@@ -49,8 +50,8 @@ def test_forward_is_plain_autograd(responsibility, detach, training):
     x, grad, groups, *running, weight, bias = case.arguments()
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     y, *_ = reference.forward(
-        x, groups, *running, weight, bias,
-        training=training, eps=EPS, responsibility=responsibility, detach_responsibility=detach,
+        x, None, groups, *running, weight, bias,
+        training=training, relu=False, eps=EPS, responsibility=responsibility, detach_responsibility=detach,
     )  # fmt: skip
     by_autograd = torch.autograd.grad(y, leaves, grad)
     closed_form = run(case, "reference")

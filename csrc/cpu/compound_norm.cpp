@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../layout.h"
 #include "../mixture.h"
 #include "capability.h"
 #include "tasks.h"
@@ -205,60 +206,22 @@ void run_groups(const Problem& p, const Tensor& groups, const Run& run) {
   }
 }
 
-// Whether channels vary fastest, in any number of dimensions; of (N, C) it is true of the contiguous layout.
-bool is_channels_last(const Tensor& x) {
-  int64_t stride = x.size(1);
-  if (x.size(1) > 1 && x.stride(1) != 1) return false;
-  for (int64_t d = x.dim() - 1; d >= 2; --d) {
-    if (x.size(d) > 1 && x.stride(d) != stride) return false;
-    stride *= x.size(d);
-  }
-  return x.size(0) <= 1 || x.stride(0) == stride;
-}
-
-// t in x's layout, copied only where it is in another one.
-Tensor laid_out(const Tensor& t, bool channels_last) {
-  if (!channels_last) return torch::stable::contiguous(t);
-  if (is_channels_last(t)) return t;
-  Tensor moved = t;
-  for (int64_t d = 1; d + 1 < t.dim(); ++d) moved = torch::stable::transpose(moved, d, d + 1);
-  moved = torch::stable::contiguous(moved);
-  for (int64_t d = t.dim() - 2; d >= 1; --d) moved = torch::stable::transpose(moved, d, d + 1);
-  return moved;
-}
-
 const void* data(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 
-// The arguments of one call, checked, and in a layout the kernels read; owns what had to be copied.
+// What forward and backward have in common: x laid out, and the problem without its results.
 struct Arguments {
-  Tensor x, mean, var;
-  std::optional<Tensor> prior, weight, bias;
+  Tensor x, running;  // [3, M, C]
+  std::optional<Tensor> groups, weight, bias;
   Problem problem{};
 
-  Arguments(const Tensor& input, const OptionalTensor& groups, const OptionalTensor& prior_in, const Tensor& mean_in,
-            const Tensor& var_in, const OptionalTensor& weight_in, const OptionalTensor& bias_in) {
-    check_input(input);
-    check_components(mean_in, kMaxComponents);
-    const int64_t components = mean_in.size(0);
-    const auto statistic = [&](const Tensor& t, const char* name) {
-      check_statistic(t, name, input, components);
-      return torch::stable::contiguous(t);
-    };
-    mean = statistic(mean_in, "mean");
-    var = statistic(var_in, "var");
-    if (weight_in) weight = statistic(*weight_in, "weight");
-    if (bias_in) bias = statistic(*bias_in, "bias");
-    if (groups) {
-      check_groups(*groups, input);
-    } else {
-      STD_TORCH_CHECK(prior_in || components == 1, "expected prior or groups for ", components,
-                      " components, got neither");
-      if (prior_in) prior = statistic(*prior_in, "prior");
-    }
-
-    const bool one_point = input.numel() == input.size(0) * input.size(1);
-    const bool channels_last = is_channels_last(input) && (one_point || !input.is_contiguous());
+  Arguments(const Tensor& input, const Tensor& running, const OptionalTensor& groups_in,
+            const OptionalTensor& weight_in, const OptionalTensor& bias_in)
+      : running(running) {
+    const bool channels_last = reads_channels_last(input);
     x = laid_out(input, channels_last);
+    if (groups_in) groups = torch::stable::contiguous(*groups_in);
+    if (weight_in) weight = torch::stable::contiguous(*weight_in);
+    if (bias_in) bias = torch::stable::contiguous(*bias_in);
     Problem& p = problem;
     switch (x.scalar_type()) {
       case ScalarType::Float:
@@ -283,102 +246,114 @@ struct Arguments {
       p.spatial = 1;
     }
     p.x = x.const_data_ptr();
-    p.components = static_cast<int>(components);
-    p.prior = data(prior);
-    p.mean = mean.const_data_ptr();
-    p.var = var.const_data_ptr();
+    p.components = static_cast<int>(running.size(1));
+    p.prior = component(p, running.const_data_ptr(), 0);
+    p.mean = component(p, running.const_data_ptr(), p.components);
+    p.var = component(p, running.const_data_ptr(), 2 * p.components);
     p.weight = data(weight);
     p.bias = data(bias);
   }
 
+  // `batch` [3, M, C] or [0]
+  void set_batch(void* batch) {
+    problem.batch_mass = component(problem, batch, 0);
+    problem.batch_mean = component(problem, batch, problem.components);
+    problem.batch_var = component(problem, batch, 2 * problem.components);
+  }
+
   template <class Run>
-  void run(const OptionalTensor& groups, const Run& one) const {
+  void run(const Run& one) const {
     if (groups)
-      run_groups(problem, torch::stable::contiguous(*groups), one);
+      run_groups(problem, *groups, one);
     else
       one(problem);
   }
 };
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& x, const OptionalTensor& groups,
-                                                       const OptionalTensor& prior, const Tensor& mean,
-                                                       const Tensor& var, const OptionalTensor& weight,
-                                                       const OptionalTensor& bias, bool training, double eps) {
-  Arguments arguments(x, groups, prior, mean, var, weight, bias);
-  Problem& p = arguments.problem;
-  Tensor y = torch::stable::empty_like(arguments.x);
-  const std::vector<int64_t> shape =
-      training ? std::vector<int64_t>{p.components, p.channels} : std::vector<int64_t>{0};
-  const auto statistic = [&] { return torch::stable::new_empty(arguments.mean, {shape.data(), shape.size()}); };
-  Tensor mass = statistic(), batch_mean = statistic(), batch_var = statistic();
-  p.out = y.mutable_data_ptr();
-  p.batch_mass = mass.mutable_data_ptr();
-  p.batch_mean = batch_mean.mutable_data_ptr();
-  p.batch_var = batch_var.mutable_data_ptr();
-  p.eps = eps;
-  p.training = training;
-  arguments.run(groups, run_forward);
-  return {y, mass, batch_mean, batch_var};
+Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad, const Tensor& x, const OptionalTensor& groups,
-                                                const OptionalTensor& prior, const Tensor& mean, const Tensor& var,
-                                                const Tensor& batch_mass, const Tensor& batch_mean,
-                                                const Tensor& batch_var, const OptionalTensor& weight,
-                                                const OptionalTensor& bias, bool training, bool detach_responsibility,
-                                                double eps) {
-  Arguments arguments(x, groups, prior, mean, var, weight, bias);
-  Problem& p = arguments.problem;
-  check_same_shape(grad, x);
-  const Tensor g = laid_out(grad, p.channels_last);
-  const auto statistic = [&](const Tensor& t, const char* name) {
-    if (!training) return t;
-    check_statistic(t, name, x, p.components);
-    return torch::stable::contiguous(t);
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& x, const OptionalTensor& residual,
+                                                       const OptionalTensor& groups, const OptionalTensor& prior,
+                                                       const Tensor& mean, const Tensor& var,
+                                                       const OptionalTensor& weight, const OptionalTensor& bias,
+                                                       bool training, bool relu, double eps) {
+  check_forward(x, residual, groups, prior, mean, var, weight, bias);
+  const int64_t components = mean.size(0), channels = mean.size(1);
+  const std::vector<int64_t> statistics = {3, components, channels};
+  const Tensor running = torch::stable::new_zeros(mean, {statistics.data(), statistics.size()});
+  const auto keep = [&](int64_t row, const Tensor& used) {
+    Tensor copy = torch::stable::select(running, 0, row);
+    torch::stable::copy_(copy, used);
   };
-  const Tensor mass = statistic(batch_mass, "batch_mass");
-  const Tensor used_mean = statistic(batch_mean, "batch_mean");
-  const Tensor used_var = statistic(batch_var, "batch_var");
-  Tensor grad_x = torch::stable::empty_like(arguments.x);
-  Tensor grad_weight = torch::stable::empty_like(arguments.mean), grad_bias = torch::stable::empty_like(arguments.mean);
+  if (prior) keep(0, *prior);
+  keep(1, mean);
+  keep(2, var);
+
+  Arguments arguments(x, running, groups, weight, bias);
+  Problem& p = arguments.problem;
+  const Tensor y = torch::stable::empty_like(arguments.x);
+  const Tensor batch = empty(mean, training ? statistics : std::vector<int64_t>{0}, mean.scalar_type());
+  const std::vector<int64_t> bytes = {relu && residual ? mask_bytes(x) : 0};
+  const Tensor mask = torch::stable::new_zeros(x, {bytes.data(), bytes.size()}, ScalarType::Byte);
+  std::optional<Tensor> added;
+  if (residual) added = laid_out(*residual, p.channels_last);
+  p.out = y.mutable_data_ptr();
+  p.residual = data(added);
+  p.mask = relu && residual ? mask.mutable_data_ptr<uint8_t>() : nullptr;
+  p.relu = relu;
+  arguments.set_batch(batch.mutable_data_ptr());
+  p.eps = eps;
+  p.training = training;
+  arguments.run(run_forward);
+  return {y, mask, running, batch};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad, const Tensor& x, const OptionalTensor& mask,
+                                                        const OptionalTensor& groups, const Tensor& running,
+                                                        const Tensor& batch, const OptionalTensor& weight,
+                                                        const OptionalTensor& bias, bool training, bool relu,
+                                                        bool detach_responsibility, double eps) {
+  check_backward(grad, x, mask, groups, running, batch, weight, bias, training, relu);
+  Arguments arguments(x, torch::stable::contiguous(running), groups, weight, bias);
+  Problem& p = arguments.problem;
+  const Tensor g = laid_out(grad, p.channels_last), used_batch = torch::stable::contiguous(batch);
+  std::optional<Tensor> bits;
+  if (mask) bits = torch::stable::contiguous(*mask);
+  const Tensor grad_x = torch::stable::empty_like(arguments.x);
+  const Tensor grad_residual = mask ? torch::stable::empty_like(grad_x) : empty(x, {0}, x.scalar_type());
+  const std::vector<int64_t> shape = {running.size(1), running.size(2)};
+  const Tensor grad_weight = empty(running, shape, running.scalar_type());
+  const Tensor grad_bias = torch::stable::empty_like(grad_weight);
   p.grad = g.const_data_ptr();
   p.out = grad_x.mutable_data_ptr();
-  p.batch_mass = mass.mutable_data_ptr();
-  p.batch_mean = used_mean.mutable_data_ptr();
-  p.batch_var = used_var.mutable_data_ptr();
+  p.mask = bits ? bits->mutable_data_ptr<uint8_t>() : nullptr;
+  p.grad_residual = mask ? grad_residual.mutable_data_ptr() : nullptr;
+  p.relu = relu;
+  arguments.set_batch(used_batch.mutable_data_ptr());
   p.grad_weight = grad_weight.mutable_data_ptr();
   p.grad_bias = grad_bias.mutable_data_ptr();
   p.eps = eps;
   p.training = training;
   p.detach_responsibility = detach_responsibility;
-  arguments.run(groups, run_backward);
-  return {grad_x, grad_weight, grad_bias};
+  arguments.run(run_backward);
+  return {grad_x, grad_residual, grad_weight, grad_bias};
 }
 
-void update_running_cpu(OptionalTensor prior, Tensor mean, Tensor var, const Tensor& batch_mass,
-                        const Tensor& batch_mean, const Tensor& batch_var, int64_t points, double momentum) {
+void update_running_cpu(OptionalTensor prior, Tensor mean, Tensor var, const Tensor& batch, int64_t points,
+                        double momentum) {
   if (points == 0) return;
-  check_components(mean, kMaxComponents);
-  const ScalarType type = mean.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-                  "expected running statistics of float32 or float64, got ", type);
-  const auto same_as_mean = [&](const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(shape_of(t) == shape_of(mean) && t.scalar_type() == type, "expected ", name, " of shape ",
-                    shape_of(mean), " and ", type, ", got ", shape_of(t), " and ", t.scalar_type());
-  };
-  same_as_mean(var, "var");
-  same_as_mean(batch_mass, "batch_mass");
-  same_as_mean(batch_mean, "batch_mean");
-  same_as_mean(batch_var, "batch_var");
-  if (prior) same_as_mean(*prior, "prior");
-
+  check_update_running(prior, mean, var, batch);
   const auto update = [&](auto zero) {
     using S = decltype(zero);
     const auto at = [](const Tensor& t, int64_t m, int64_t c) -> S& {
       return static_cast<S*>(t.data_ptr())[m * t.stride(0) + c * t.stride(1)];
     };
+    const Tensor batch_mass = torch::stable::select(batch, 0, 0), batch_mean = torch::stable::select(batch, 0, 1),
+                 batch_var = torch::stable::select(batch, 0, 2);
     for (int64_t m = 0; m < mean.size(0); ++m) {
       for (int64_t c = 0; c < mean.size(1); ++c) {
         const double mass = at(batch_mass, m, c);
@@ -390,7 +365,7 @@ void update_running_cpu(OptionalTensor prior, Tensor mean, Tensor var, const Ten
       }
     }
   };
-  if (type == ScalarType::Double)
+  if (mean.scalar_type() == ScalarType::Double)
     update(double{});
   else
     update(float{});

@@ -77,9 +77,14 @@ struct ChannelCoefficients {
   bool bounded;
   double origin;
   LogOdds<double, kMaxComponents> odds;
-  Branches<double, kMaxComponents> branches;       // for kNormalise
+  Branches<double, kMaxComponents> branches;       // where needs_branches() says so
   InputGradient<double, kMaxComponents> gradient;  // for kInputGradient
 };
+
+// The output is computed by the pass, or its sign recomputed.
+inline bool needs_branches(const Problem& p, Pass pass) {
+  return pass == Pass::kNormalise || (pass != Pass::kMoments && p.relu && p.mask == nullptr);
+}
 
 // Not inlined, and for all M at once: this runs once per channel and task, and stands in every kernel.
 template <class E>
@@ -108,10 +113,11 @@ __attribute__((noinline)) ChannelCoefficients channel_coefficients(const Block<E
     const double var = batch ? read(p.batch_var, i) : running_var[k];
     const double bias = p.bias ? read(p.bias, i) : 0;
     const double scale = branch_scale(p.weight ? read(p.weight, i) : 1, var, p.eps);
-    if (pass == Pass::kNormalise) {
+    if (needs_branches(p, pass)) {
       result.branches.scale[k] = scale;
       result.branches.offset[k] = branch_offset(scale, bias, mean, result.origin);
-    } else if (pass == Pass::kInputGradient) {
+    }
+    if (pass == Pass::kInputGradient) {
       InputGradient<double, kMaxComponents>& in = result.gradient;
       in.centre[k] = mean - result.origin;
       in.scale[k] = scale;
@@ -172,7 +178,7 @@ struct BlockCoefficients {
       all_bounded &= channel.bounded;
       set_lanes(reinterpret_cast<S*>(&origin), &channel.origin, 1, 1, j, all);
       set(odds, channel.odds, j, all);
-      if (pass == Pass::kNormalise) set(branches, channel.branches, j, all);
+      if (needs_branches(block.problem, pass)) set(branches, channel.branches, j, all);
       if (pass == Pass::kInputGradient) set(gradient, channel.gradient, j, all);
     }
     return all_bounded;
@@ -220,7 +226,20 @@ CBN_INLINE void with_bounded(bool bounded, F loop) {
     loop(std::false_type{});
 }
 
-// Sums add(current, p, z, offset, count) over all vectors of a block's images [begin, end).
+// The gradient that the ReLU lets pass: by the mask, or, where there was no residual, by the sign of the output again.
+template <bool kBounded, class E, int M>
+CBN_INLINE Vec<typename E::Scalar> passed_gradient(const Block<E>& block, const BlockCoefficients<E, M>& coefficients,
+                                                   Vec<typename E::Scalar> z, int64_t offset, int64_t count) {
+  using V = Vec<typename E::Scalar>;
+  const Problem& p = block.problem;
+  const V g = load<E>(block.grad() + offset, count);
+  if (!p.relu) return g;
+  if (p.mask) return Math<V>::where_set(get_bits(p.mask, offset, count), g);
+  return cbn::normalise<kBounded>(coefficients.odds, coefficients.branches, z) <= 0 ? V{} : g;
+}
+
+// Sums add(bounded, block, coefficients, current, p, z, offset, count) over all vectors of a block's images [begin,
+// end).
 template <class E, template <class, int> class Sums, int M, class Add>
 void reduce(const Problem& problem, int64_t index, int64_t begin, int64_t end, Pass pass, double* sums, Add add) {
   using V = Vec<typename E::Scalar>;
@@ -234,7 +253,7 @@ void reduce(const Problem& problem, int64_t index, int64_t begin, int64_t end, P
       const V z = load<E>(block.x() + offset, count) - coefficients.origin;
       V p[M];
       responsibilities<bounded.value>(coefficients.odds, z, p);
-      add(current, p, z, offset, count);
+      add(bounded, block, coefficients, current, p, z, offset, count);
       if (++vectors == kVectorsPerFlush) {
         totals.add(current);
         current = {};
@@ -250,27 +269,27 @@ template <class E, int M>
 void moments(const Problem& problem, int64_t index, int64_t begin, int64_t end, double* sums) {
   using V = Vec<typename E::Scalar>;
   reduce<E, Moments, M>(problem, index, begin, end, Pass::kMoments, sums,
-                        [](Moments<V, M>& current, V(&p)[M], V z, int64_t, int64_t count)
-                            __attribute__((always_inline)) {
-                              if (count < Block<E>::kLanes) {
-                                const V mask = lanes_below<typename E::Scalar>(count);
-                                CBN_UNROLL
-                                for (int m = 0; m < M; ++m) p[m] = p[m] * mask;
-                              }
-                              accumulate(current, p, z);
-                            });
+                        [](auto, const auto&, const auto&, Moments<V, M>& current, V(&p)[M], V z, int64_t,
+                           int64_t count) __attribute__((always_inline)) {
+                          if (count < Block<E>::kLanes) {
+                            const V mask = lanes_below<typename E::Scalar>(count);
+                            CBN_UNROLL
+                            for (int m = 0; m < M; ++m) p[m] = p[m] * mask;
+                          }
+                          accumulate(current, p, z);
+                        });
 }
 
 template <class E, int M>
 void gradient_sums(const Problem& problem, int64_t index, int64_t begin, int64_t end, double* sums) {
   using V = Vec<typename E::Scalar>;
-  const auto* grad = static_cast<const typename E::Memory*>(problem.grad);
-  reduce<E, GradientSums, M>(problem, index, begin, end, Pass::kGradientSums, sums,
-                             [grad](GradientSums<V, M>& current, V(&p)[M], V z, int64_t offset, int64_t count)
-                                 __attribute__((always_inline)) {
-                                   // The gradient is 0 beyond `count`, and so is what is added there.
-                                   accumulate(current, p, z, load<E>(grad + offset, count));
-                                 });
+  reduce<E, GradientSums, M>(
+      problem, index, begin, end, Pass::kGradientSums, sums,
+      [](auto bounded, const Block<E>& block, const BlockCoefficients<E, M>& coefficients, GradientSums<V, M>& current,
+         V(&p)[M], V z, int64_t offset, int64_t count) __attribute__((always_inline)) {
+        // The gradient is 0 beyond `count`, and so is what is added there.
+        accumulate(current, p, z, passed_gradient<bounded.value>(block, coefficients, z, offset, count));
+      });
 }
 
 template <class E, int M>
@@ -278,10 +297,17 @@ void normalise(const Problem& problem, int64_t index, int64_t begin, int64_t end
   using V = Vec<typename E::Scalar>;
   const Block<E> block(problem, index);
   const BlockCoefficients<E, M> coefficients(block, Pass::kNormalise);
+  const auto* residual = static_cast<const typename E::Memory*>(problem.residual);
+  uint8_t* const mask = problem.mask;
+  const bool relu = problem.relu;
   with_bounded(coefficients.bounded, [&](auto bounded) {
     block.for_each_vector(begin, end, [&](int64_t offset, int64_t count) __attribute__((always_inline)) {
       const V z = load<E>(block.x() + offset, count) - coefficients.origin;
-      store<E>(block.out() + offset, count, cbn::normalise<bounded.value>(coefficients.odds, coefficients.branches, z));
+      V y = cbn::normalise<bounded.value>(coefficients.odds, coefficients.branches, z);
+      if (residual) y = y + load<E>(residual + offset, count);
+      if (mask) set_bits(mask, offset, count, Math<V>::above_zero(y) & ((1u << count) - 1));
+      if (relu) y = Math<V>::max(y, V{});
+      store<E>(block.out() + offset, count, y);
     });
   });
 }
@@ -291,11 +317,13 @@ void input_gradient(const Problem& problem, int64_t index, int64_t begin, int64_
   using V = Vec<typename E::Scalar>;
   const Block<E> block(problem, index);
   const BlockCoefficients<E, M> coefficients(block, Pass::kInputGradient);
+  auto* grad_residual = static_cast<typename E::Memory*>(problem.grad_residual);
   const bool detach = problem.detach_responsibility;
   with_bounded(coefficients.bounded, [&](auto bounded) {
     block.for_each_vector(begin, end, [&](int64_t offset, int64_t count) __attribute__((always_inline)) {
       const V z = load<E>(block.x() + offset, count) - coefficients.origin;
-      const V g = load<E>(block.grad() + offset, count);
+      const V g = passed_gradient<bounded.value>(block, coefficients, z, offset, count);
+      if (grad_residual) store<E>(grad_residual + offset, count, g);
       V p[M];
       responsibilities<bounded.value>(coefficients.odds, z, p);
       store<E>(block.out() + offset, count,

@@ -21,6 +21,11 @@ struct Problem {
   const void* grad;  // like x
   void* out;         // like x: the output, or the input's gradient
 
+  bool relu;
+  const void* residual;  // like x, or null for 0
+  void* grad_residual;   // like x, where there is a mask
+  uint8_t* mask;         // bit i, where not null: gradients pass the ReLU at x[i] in memory; starts as zeros
+
   int components;      // M
   const void* prior;   // [M, C], null for M = 1
   const void* mean;    // [M, C] running

@@ -66,6 +66,7 @@ struct Exp2<double> {
 template <class S, int kLanes>
 struct VectorMath {
   using V = typename VectorType<S, kLanes>::type;
+  using LaneInts = typename VectorType<typename Exp2<S>::Int, kLanes>::type;
 
   CBN_INLINE V splat(double value) { return V{} + static_cast<S>(value); }
   CBN_INLINE V reciprocal(V x) { return static_cast<S>(1) / x; }
@@ -79,11 +80,35 @@ struct VectorMath {
     return scale(polynomial(f), x - f);
 #else
     using E = Exp2<S>;
-    using Ints = typename VectorType<typename E::Int, kLanes>::type;
     x = x < E::kLowest ? splat(E::kLowest) : x;
     const V rounded = x + E::kRound;
-    return polynomial(x - (rounded - E::kRound)) * bits<V>(bits<Ints>(rounded) << E::kMantissa);
+    return polynomial(x - (rounded - E::kRound)) * bits<V>(bits<LaneInts>(rounded) << E::kMantissa);
 #endif
+  }
+
+  // Lane l by its bit: set where x is above 0 or NaN, which is where a ReLU lets the gradient pass.
+  CBN_INLINE uint32_t above_zero(V x) {
+#if CBN_VECTOR_BYTES == 64
+    return not_below_or_zero(x);
+#else
+    const LaneInts set = x <= 0 ? LaneInts{} : lane_bits();
+    uint32_t result = 0;
+    CBN_UNROLL
+    for (int l = 0; l < kLanes; ++l) result |= static_cast<uint32_t>(set[l]);
+    return result;
+#endif
+  }
+
+  // Lane l of x where its bit is set, else 0.
+  CBN_INLINE V where_set(uint32_t bits, V x) {
+    return (lane_bits() & static_cast<typename Exp2<S>::Int>(bits)) != 0 ? x : V{};
+  }
+
+  CBN_INLINE LaneInts lane_bits() {
+    LaneInts result;
+    CBN_UNROLL
+    for (int l = 0; l < kLanes; ++l) result[l] = 1 << l;
+    return result;
   }
 
   CBN_INLINE V polynomial(V f) {
@@ -98,6 +123,8 @@ struct VectorMath {
   // AVX-512 has both in one instruction: x less the nearest integer, and y 2^n for an integer n.
   CBN_INLINE __m512 fraction(__m512 x) { return _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT); }
   CBN_INLINE __m512d fraction(__m512d x) { return _mm512_maskz_reduce_pd(0xff, x, _MM_FROUND_TO_NEAREST_INT); }
+  CBN_INLINE uint32_t not_below_or_zero(__m512 x) { return _mm512_cmp_ps_mask(x, __m512{}, _CMP_NLE_UQ); }
+  CBN_INLINE uint32_t not_below_or_zero(__m512d x) { return _mm512_cmp_pd_mask(x, __m512d{}, _CMP_NLE_UQ); }
   CBN_INLINE __m512 scale(__m512 y, __m512 n) { return _mm512_maskz_scalef_ps(0xffff, y, n); }
   CBN_INLINE __m512d scale(__m512d y, __m512d n) { return _mm512_maskz_scalef_pd(0xff, y, n); }
 #endif
@@ -226,6 +253,24 @@ CBN_INLINE void store(typename E::Memory* y, int64_t count, Vec<typename E::Scal
   } else {
     for (int64_t i = 0; i < count; ++i) y[i] = raw[i];
   }
+}
+
+// Bits [offset, offset + count) of a mask that started as zeros, count <= 16. The bytes at the ends may be other
+// threads', too.
+CBN_INLINE void set_bits(uint8_t* mask, int64_t offset, int64_t count, uint32_t bits) {
+  uint8_t* byte = mask + offset / 8;
+  if (offset % 8 == 0 && count % 8 == 0) {
+    for (int64_t k = 0; k < count / 8; ++k) byte[k] = static_cast<uint8_t>(bits >> 8 * k);
+    return;
+  }
+  for (bits <<= offset % 8; bits != 0; bits >>= 8) __atomic_fetch_or(byte++, bits & 0xff, __ATOMIC_RELAXED);
+}
+
+CBN_INLINE uint32_t get_bits(const uint8_t* mask, int64_t offset, int64_t count) {
+  const int64_t shift = offset % 8;
+  uint32_t bits = 0;
+  for (int64_t k = 0; 8 * k < shift + count; ++k) bits |= static_cast<uint32_t>(mask[offset / 8 + k]) << 8 * k;
+  return bits >> shift;
 }
 
 }  // namespace

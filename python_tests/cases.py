@@ -22,10 +22,11 @@ MOMENTUM = 0.9  # so that the running statistics show the error of the batch's
 
 
 class Arguments(NamedTuple):
-    """What the operators take: x and grad (N, C, S...), groups (N,), the rest (M, C), prior (M,) in joint mode."""
+    """What the operators take: x, grad and residual (N, C, S...), groups (N,), the rest (M, C), prior (M,) if joint."""
 
     x: Tensor
     grad: Tensor
+    residual: Tensor | None
     groups: Tensor | None
     prior: Tensor
     mean: Tensor
@@ -39,6 +40,7 @@ class Results(NamedTuple):
 
     y: Tensor
     grad_input: Tensor
+    grad_residual: Tensor | None
     grad_weight: Tensor | None
     grad_bias: Tensor | None
     running_prior: Tensor | None
@@ -55,9 +57,11 @@ class Case:
     dtype: torch.dtype = torch.float32
     state_dtype: torch.dtype | None = None  # None: float64 for float64, else float32
     layout: str = "contiguous"
-    grad_layout: str | None = None  # None: the input's
+    grad_layout: str | None = None  # of grad and residual; None: the input's
     affine: bool = True
     detach: bool = False
+    activation: str | None = None
+    residual: bool = False
     data: str = "mixed"  # or one of the special mixtures that `arguments` makes
 
     def __str__(self) -> str:
@@ -70,7 +74,7 @@ class Case:
         shape = "x".join(map(str, self.shape))
         return "-".join([self.mode, "train" if self.training else "eval", shape, f"M{self.components}", *changed])
 
-    def arguments(self) -> Arguments:
+    def arguments(self, device: str = "cpu") -> Arguments:
         generator = torch.Generator().manual_seed(zlib.crc32(str(self).encode()))
         channels, m = self.shape[1], self.components
 
@@ -104,22 +108,31 @@ class Case:
             var *= 10 ** uniform(-2, 2, m, channels)
         weight, bias = (1 + 0.5 * normal(m, channels), normal(m, channels)) if self.affine else (None, None)
         grad = normal(*self.shape)
+        residual = normal(*self.shape) if self.residual else None
 
+        x, grad, residual = (None if t is None else t.to(device, self.dtype) for t in (x, grad, residual))
+        grad_layout = self.grad_layout or self.layout
+        residual = None if residual is None else with_layout(residual, grad_layout)
         state = self.state_dtype or (torch.float64 if self.dtype == torch.float64 else torch.float32)
-        return Arguments(
-            with_layout(x.to(self.dtype), self.layout),
-            with_layout(grad.to(self.dtype), self.grad_layout or self.layout),
-            groups if self.mode == "split" else None,
-            *(None if t is None else t.to(state) for t in (prior, mean, var, weight, bias)),
+        result = Arguments(
+            with_layout(x, self.layout),
+            with_layout(grad, grad_layout),
+            residual,
+            groups.to(device) if self.mode == "split" else None,
+            *(None if t is None else t.to(device, state) for t in (prior, mean, var, weight, bias)),
         )
+        if self.activation is None:
+            return result
+        # Where rounding decides on which side of its kink a ReLU is, its gradient is all or nothing: none comes in
+        # there, for no image, as they may share a gradient's memory.
+        with torch.no_grad():
+            near = output(self, result)[0].abs() < (1e-9 if self.dtype == torch.float64 else 2e-3)
+        return result._replace(grad=with_layout(grad.masked_fill(near.any(0), 0), grad_layout))
 
 
-@functools.cache
-def expected(case: Case) -> Results:
-    """The oracle's results in float64."""
-    x, grad, groups, prior, mean, var, weight, bias = case.arguments()
-    leaves = [t.double().requires_grad_() for t in (x, weight, bias) if t is not None]
-    x, weight, bias = leaves if case.affine else (*leaves, None, None)
+def output(case: Case, arguments: Arguments) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The oracle's output before the activation, in float64, and the running statistics after a training step."""
+    x, _, residual, groups, prior, mean, var, weight, bias = arguments
     responsibility = "joint" if case.mode == "joint" else "channel"
     options = {"eps": EPS, "responsibility": responsibility, "detach_responsibility": case.detach}
     running = (None, None, None)
@@ -128,29 +141,51 @@ def expected(case: Case) -> Results:
         y, running = step.y, (step.running_prior, step.running_mean, step.running_var)
     else:
         y = oracle.evaluate(x, prior, mean, var, weight, bias, **options)
-    grads = torch.autograd.grad(y, leaves, grad.double())
-    grads = grads if case.affine else (*grads, None, None)
-    return Results(y.detach(), *grads, *running)
+    return y if residual is None else y + residual, running
 
 
-def run(case: Case, backend: str) -> Results:
-    """The results of the public functions."""
-    x, grad, groups, *running, weight, bias = case.arguments()
-    leaves = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
+def gradients(y: Tensor, inputs: tuple[Tensor | None, ...], grad: Tensor) -> list[Tensor | None]:
+    """dL/d of those inputs that are there."""
+    grads = iter(torch.autograd.grad(y, [t for t in inputs if t is not None], grad))
+    return [None if t is None else next(grads) for t in inputs]
+
+
+def leaves(arguments: Arguments, dtype: torch.dtype | None = None) -> Arguments:
+    """Those arguments that have a gradient become leaves, of another dtype or as they are."""
+    names = ("x", "residual", "weight", "bias")
+    given = {name: t for name in names if (t := getattr(arguments, name)) is not None}
+    return arguments._replace(**{name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in given.items()})
+
+
+@functools.cache
+def expected(case: Case) -> Results:
+    """The oracle's results in float64."""
+    arguments = leaves(case.arguments(), torch.float64)
+    y, running = output(case, arguments)
+    y = y.relu() if case.activation == "relu" else y
+    inputs = (arguments.x, arguments.residual, arguments.weight, arguments.bias)
+    return Results(y.detach(), *gradients(y, inputs, arguments.grad.double()), *running)
+
+
+def run(case: Case, backend: str, device: str = "cpu") -> Results:
+    """The results of the public functions, computed on `device`."""
+    x, grad, residual, groups, *running, weight, bias = leaves(case.arguments(device))
+    fused = {"residual": residual, "activation": case.activation}
     with use_backend(backend):
         if groups is not None:
-            y = split_batch_norm(x, groups, *running[1:], weight, bias, MOMENTUM, EPS)
+            y = split_batch_norm(x, groups, *running[1:], weight, bias, MOMENTUM, EPS, **fused)
         else:
             responsibility = "joint" if case.mode == "joint" else "channel"
-            y = compound_batch_norm(
-                x, *running, weight, bias, case.training, MOMENTUM, EPS, responsibility, case.detach
-            )
-        grads = torch.autograd.grad(y, leaves, grad)
-    grads = grads if case.affine else (*grads, None, None)
-    return Results(y.detach(), *grads, *(running if case.training else (None, None, None)))
+            options = (case.training, MOMENTUM, EPS, responsibility, case.detach)
+            y = compound_batch_norm(x, *running, weight, bias, *options, **fused)
+        grads = gradients(y, (x, residual, weight, bias), grad)
+    results = (y.detach(), *grads, *(running if case.training else (None, None, None)))
+    return Results(*(None if t is None else t.cpu() for t in results))
 
 
-QUANTITIES = Results("output", "grad_input", "grad_affine", "grad_affine", "statistics", "statistics", "statistics")
+QUANTITIES = Results(
+    "output", "grad_input", "grad_input", "grad_affine", "grad_affine", "statistics", "statistics", "statistics"
+)
 
 
 def assert_results(
@@ -180,7 +215,7 @@ def with_layout(x: Tensor, layout: str) -> Tensor:
     if layout == "channels_last":  # (N, C) has only one; (N, C, L) keeps L outside C
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "sliced":
-        buffer = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan, dtype=x.dtype)
+        buffer = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan)
         buffer[..., 1::2] = x
         return buffer[..., 1::2]
     if layout == "transposed":
@@ -238,6 +273,42 @@ def _table() -> list[Case]:
         for dtype in (torch.float32, float64)
         for m in (2, 3, 4, 8)
     ]
+    return cases + _fused(modes, shapes[:-1])
+
+
+def _fused(modes: list[Case], shapes: list[tuple[int, ...]]) -> list[Case]:
+    """Cases with activation and residual; rows of a mask's bits begin and end anywhere in a byte."""
+    forms = [{"activation": "relu"}, {"activation": "relu", "residual": True}]
+    cases = [replace(mode, residual=True) for mode in modes]
+    modes = [replace(mode, **form) for mode in modes for form in forms]
+    cases += [replace(mode, components=m) for mode in modes for m in (1, 2, 3, 4, 8, 16)]
+    cases += [
+        replace(mode, shape=shape, layout=layout)
+        for mode in modes
+        for shape in [*shapes, (3, 24, 5, 5)]
+        for layout in ("contiguous", "channels_last")
+    ]
+    cases += [
+        replace(mode, shape=shape, layout=layout, dtype=dtype)
+        for mode in modes
+        for shape, layout in (((4, 5, 6, 7), "contiguous"), ((3, 24, 5, 5), "channels_last"))
+        for dtype in (torch.float64, torch.float16, torch.bfloat16)
+    ]
+    cases += [replace(mode, layout=layout) for mode in modes for layout in ("sliced", "transposed", "expanded")]
+    cases += [
+        replace(mode, layout=layout, grad_layout=grad_layout)
+        for mode in modes
+        for layout, grad_layout in (
+            ("contiguous", "channels_last"),
+            ("channels_last", "contiguous"),
+            ("contiguous", "sliced"),
+            ("channels_last", "expanded"),
+        )
+    ]
+    cases += [replace(mode, affine=False) for mode in modes]
+    cases += [replace(mode, detach=True) for mode in modes if mode.mode != "split"]
+    cases += [replace(mode, data=data) for mode in modes for data in ("dead", "equal")]
+    cases += [replace(mode, dtype=torch.bfloat16, state_dtype=torch.bfloat16) for mode in modes]
     return cases
 
 

@@ -51,7 +51,7 @@ def sklearn_statistics(x, prior, mean, var, responsibility):
 
 def layer_from(case, momentum, eps, **options):
     """A float64 layer with the case's running statistics, and the case's input."""
-    x, _, _, prior, mean, var, _, _ = case.arguments()
+    x, _, _, _, prior, mean, var, _, _ = case.arguments()
     layer = CompoundBatchNorm2d(
         x.shape[1], case.components, eps, momentum, responsibility=case.mode, dtype=torch.float64, **options
     )
@@ -82,7 +82,7 @@ def test_one_step_is_scikit_learns(backend_name, responsibility, components):
 
 @pytest.mark.parametrize("responsibility", ["channel", "joint"])
 def test_oracle_step_is_scikit_learns(responsibility):
-    x, _, _, prior, mean, var, _, _ = Case((8, 3, 9, 7), 4, responsibility, dtype=torch.float64).arguments()
+    x, _, _, _, prior, mean, var, _, _ = Case((8, 3, 9, 7), 4, responsibility, dtype=torch.float64).arguments()
     step = oracle.train_step(x, prior, mean, var, None, None, momentum=1.0, eps=EPS, responsibility=responsibility)
     wanted = sklearn_statistics(x, prior, mean, var, responsibility)
     for actual, expected in zip((step.running_prior, step.mean, step.var), wanted, strict=True):

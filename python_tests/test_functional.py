@@ -177,7 +177,7 @@ def test_input_without_a_memory_format_gives_a_contiguous_output(backend, layout
 def test_non_contiguous_statistics(backend, layout, name):
     """Running statistics and parameters that are views of something else are read, and updated, in place."""
     case = Case(components=4, shape=(4, 6, 5, 5))
-    x, _, _, *state, weight, bias = case.arguments()
+    x, _, _, _, *state, weight, bias = case.arguments()
     names = ("running_prior", "running_mean", "running_var", "weight", "bias")
     plain = dict(zip(names, (*state, weight, bias), strict=True))
     strided = {key: value.clone() for key, value in plain.items()}

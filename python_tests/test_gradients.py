@@ -30,7 +30,7 @@ passes = pytest.mark.parametrize(
 
 def layer_function(case):
     """y of (x, weight, bias), the running statistics held at the case's: every call gets copies to update."""
-    _, _, groups, *running, _, _ = case.arguments()
+    _, _, _, groups, *running, _, _ = case.arguments()
 
     def function(x, weight=None, bias=None):
         state = [t.clone() for t in running]
@@ -42,7 +42,7 @@ def layer_function(case):
 
 
 def oracle_function(case):
-    _, _, groups, *running, _, _ = case.arguments()
+    _, _, _, groups, *running, _, _ = case.arguments()
     options = {"eps": EPS, "detach_responsibility": case.detach}
     options["responsibility"] = "joint" if case.mode == "joint" else "channel"
 
@@ -55,7 +55,7 @@ def oracle_function(case):
 
 
 def leaves(case):
-    x, _, _, _, _, _, weight, bias = case.arguments()
+    x, _, _, _, _, _, _, weight, bias = case.arguments()
     return [t.requires_grad_() for t in (x, weight, bias) if t is not None]
 
 
@@ -119,7 +119,7 @@ def test_detaching_changes_the_gradient(backend):
     grads = []
     for detach in (False, True):
         case = Case(dtype=torch.float64)
-        x, grad, _, *running, weight, bias = case.arguments()
+        x, grad, _, _, *running, weight, bias = case.arguments()
         x.requires_grad_()
         y = compound_batch_norm(x, *running, weight, bias, True, detach_responsibility=detach)
         grads.append(torch.autograd.grad(y, x, grad)[0])

@@ -370,7 +370,7 @@ def test_two_forwards_before_one_backward(backend):
 @pytest.mark.parametrize("path", ["compound", "split"])
 def test_step_is_the_functions_step(backend, path):
     """A layer adds nothing to the functions but the state it holds."""
-    x, _, groups, prior, mean, var, weight, bias = Case(mode="split").arguments()
+    x, _, _, groups, prior, mean, var, weight, bias = Case(mode="split").arguments()
     layer = CompoundBatchNorm2d(5, momentum=MOMENTUM)
     layer.load_state_dict(
         {

@@ -47,7 +47,7 @@ def test_every_number_of_components(components, layout, training):
 
 
 def forward_arguments(case):
-    x, _, groups, prior, mean, var, weight, bias = case.arguments()
+    x, _, _, groups, prior, mean, var, weight, bias = case.arguments()
     prior = None if groups is not None else prior
     return x, None, groups, prior, mean, var, weight, bias, case.training, False, EPS
 
@@ -185,7 +185,7 @@ def test_update_refuses_what_does_not_fit(position, name):
 
 def test_joint_mode_is_refused_by_name():
     """Asked for the native operator, one is not given the reference silently; "auto" chooses by itself."""
-    x, _, _, *running, weight, bias = Case(mode="joint").arguments()
+    x, _, _, _, *running, weight, bias = Case(mode="joint").arguments()
     with pytest.raises(NotImplementedError, match=r"native.*joint"):
         compound_batch_norm(x, *running, weight, bias, responsibility="joint")
     with cbn_ext.use_backend("auto"):

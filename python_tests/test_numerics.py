@@ -251,7 +251,7 @@ def test_outliers(backend, equal_variances, components):
 def test_long_sums(backend, mode):
     """A million points per channel: partial sums are merged, not added up one by one in float32."""
     case = Case((4, 2, 512, 513), 2, mode, data="mixed")
-    x, grad, groups, *running, weight, bias = case.arguments()
+    x, grad, _, groups, *running, weight, bias = case.arguments()
     wanted = [t.clone() for t in running]
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     exact = [t.detach().double().requires_grad_() for t in leaves]

@@ -19,7 +19,7 @@ def test_matches_oracle(case):
 @pytest.mark.parametrize("data", ["mixed", "dead"])
 def test_forward_returns_the_batch_statistics(mode, data):
     case = Case(mode=mode, data=data, dtype=torch.float64)
-    x, _, groups, prior, mean, var, weight, bias = case.arguments()
+    x, _, _, groups, prior, mean, var, weight, bias = case.arguments()
     responsibility = "joint" if mode == "joint" else "channel"
     y, _, _, (mass, batch_mean, batch_var) = reference.forward(
         x, None, groups, prior, mean, var, weight, bias,
@@ -47,7 +47,7 @@ def test_forward_is_plain_autograd(responsibility, detach, training):
         detach=detach,
         shape=(3, 2, 5),
     )
-    x, grad, groups, *running, weight, bias = case.arguments()
+    x, grad, _, groups, *running, weight, bias = case.arguments()
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     y, *_ = reference.forward(
         x, None, groups, *running, weight, bias,
@@ -62,7 +62,7 @@ def test_forward_is_plain_autograd(responsibility, detach, training):
 
 def test_oracle_with_one_component_is_batchnorm():
     """The oracle is checked too: against scikit-learn in test_em.py, against batch normalization here."""
-    x, grad, _, prior, mean, var, weight, bias = Case(components=1, dtype=torch.float64).arguments()
+    x, grad, _, _, prior, mean, var, weight, bias = Case(components=1, dtype=torch.float64).arguments()
     norm = nn.BatchNorm2d(x.shape[1], dtype=torch.float64)
     norm.load_state_dict(
         {

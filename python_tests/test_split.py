@@ -245,7 +245,7 @@ def test_context_holds_in_other_threads():
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
 def test_any_integer_groups(backend, dtype):
     case = Case(mode="split")
-    x, _, groups, _, mean, var, weight, bias = case.arguments()
+    x, _, _, groups, _, mean, var, weight, bias = case.arguments()
     expected = split_batch_norm(x, groups, mean.clone(), var.clone(), weight, bias)
     assert torch.equal(split_batch_norm(x, groups.to(dtype), mean, var, weight, bias), expected)
 

@@ -22,7 +22,7 @@ paths = pytest.mark.parametrize("path", ["compound", "split", "evaluation"])
 
 def function_of(case):
     """Output of (x, weight, bias) in training or evaluation, the running statistics untouched outside."""
-    _, _, groups, *running, _, _ = case.arguments()
+    _, _, _, groups, *running, _, _ = case.arguments()
 
     def function(x, weight, bias):
         state = [t.clone() for t in running]

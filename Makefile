@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+EMULATION := $(wildcard python_tests/emulation/*.cpp python_tests/emulation/*.h)
 
 # Of one interpreter: is it there, and new enough?
 define CHECK_PYTHON
@@ -45,7 +46,7 @@ BUILT := build/.built-$(shell $(PYTHON) -c 'import sys; print(sys.implementation
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench lint
+.PHONY: help train test bench gpu lint
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -59,10 +60,14 @@ test: $(BUILT)  ## run the tests
 bench: $(BUILT)  ## measure speed and memory against nn.BatchNorm2d and the reference
 	$(RUN) -m bench
 
+gpu: | $(INSTALLED)  ## on a machine with a GPU: build, test, sanitize and measure the CUDA operators
+	$(call CHECK_PYTHON,$(RUN))
+	$(RUN) -m python_tests.gpu
+
 lint: $(LINTERS)  ## check the style of Python and C++
 	$(BIN)ruff check .
 	$(BIN)ruff format --check .
-	$(BIN)clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)clang-format --dry-run -Werror $(SOURCES) $(EMULATION)
 
 # ninja knows which objects are out of date; this rule only saves asking it.
 $(BUILT): $(SOURCES) setup.py $(wildcard build_backend/*.py) | $(INSTALLED)

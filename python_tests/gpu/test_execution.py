@@ -1,0 +1,225 @@
+"""How the operators run on a GPU: streams, graphs, no synchronisation, the current device, memory, repeatability."""
+
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Case, run
+
+from cbn_ext import CompoundBatchNormAct2d, split_path
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+SHAPE = (16, 24, 28, 28)
+
+
+@pytest.fixture(params=LAYOUTS)
+def memory_format(request):
+    return LAYOUTS[request.param]
+
+
+def tensors(memory_format, count=3, shape=SHAPE, dtype=torch.float32):
+    return [torch.randn(shape, device="cuda", dtype=dtype).to(memory_format=memory_format) for _ in range(count)]
+
+
+def step(layer, x, residual, grad):
+    """Forward with the update of the running statistics, and backward; the output and all gradients."""
+    leaves = [x.detach().requires_grad_(), residual.detach().requires_grad_(), *layer.parameters()]
+    y = layer(leaves[0], leaves[1])
+    return y.detach(), *torch.autograd.grad(y, leaves, grad)
+
+
+def assert_same_bits(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+@contextmanager
+def synchronisation_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def busy(milliseconds=50):
+    """Keep the current stream occupied."""
+    torch.cuda._sleep(int(milliseconds * 1e6))
+
+
+def test_nothing_waits_for_the_gpu(memory_format, path):
+    layer = CompoundBatchNormAct2d(SHAPE[1], device="cuda")
+    groups = torch.arange(SHAPE[0], device="cuda") % layer.num_components
+    inputs = tensors(memory_format)
+    step(layer, *inputs)
+    with synchronisation_is_an_error():
+        busy()
+        before = torch.cuda.Event()
+        before.record()
+        step(layer, *inputs)
+        with split_path(groups):
+            step(layer, *inputs)
+        step(layer.eval(), *inputs)
+        # Nor do calls that PyTorch does not know of: the host is here long before the stream.
+        assert not before.query()
+
+
+def test_graph_replay_equals_eager(memory_format, path):
+    """A whole step is captured, with the update; each replay reads new values from the same memory."""
+    eager, captured = (CompoundBatchNormAct2d(SHAPE[1], device="cuda") for _ in range(2))
+    captured.load_state_dict(eager.state_dict())
+    static = tensors(memory_format)
+    start = {name: value.clone() for name, value in captured.state_dict().items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(captured, *static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(captured, *static)
+    captured.load_state_dict(start)
+    for _ in range(3):
+        fresh = tensors(memory_format)
+        for place, values in zip(static, fresh, strict=True):
+            place.copy_(values)
+        graph.replay()
+        assert_same_bits(results, step(eager, *fresh))
+        assert_same_bits(captured.buffers(), eager.buffers())
+
+
+def test_side_stream(memory_format, path):
+    """Work goes to the current stream: behind what that one does, not behind what another one does."""
+    layer = CompoundBatchNormAct2d(SHAPE[1], device="cuda").eval()
+    inputs = tensors(memory_format)
+    expected = step(layer, *inputs)
+    late = [torch.full_like(t, torch.nan) for t in inputs]
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    finished = torch.cuda.Event()
+    busy(200)  # the default stream; had anything gone there, it would not finish before
+    with torch.cuda.stream(side):
+        busy(20)
+        for place, values in zip(late, inputs, strict=True):
+            place.copy_(values)
+        actual = step(layer, *late)
+        finished.record()
+    finished.synchronize()
+    assert not torch.cuda.default_stream().query()
+    torch.cuda.synchronize()
+    assert_same_bits(actual, expected)
+
+
+def test_two_streams_at_once(memory_format, path):
+    """No memory is shared between calls."""
+    layers = [CompoundBatchNormAct2d(SHAPE[1], device="cuda").eval() for _ in range(2)]
+    inputs = [tensors(memory_format) for _ in range(2)]
+    expected = [step(layer, *x) for layer, x in zip(layers, inputs, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for _ in range(10):
+        actual = []
+        for stream, layer, x in zip(streams, layers, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                actual.append(step(layer, *x))
+        torch.cuda.synchronize()
+        for a, e in zip(actual, expected, strict=True):
+            assert_same_bits(a, e)
+
+
+def test_device_of_the_input_is_used_and_the_current_one_restored():
+    """With one GPU this sees that the current device stays; with two, that the input's is the one that works."""
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    layer = CompoundBatchNormAct2d(SHAPE[1], device=device)
+    x = torch.randn(SHAPE, device=device)
+    torch.cuda.set_device(0)
+    y, *grads = step(layer, x, x, x)
+    assert torch.cuda.current_device() == 0
+    assert {t.device for t in (y, *grads)} == {device}
+    torch.cuda.synchronize(device)
+    with torch.cuda.device(device):
+        assert_same_bits(step(layer.eval(), x, x, x), step(layer.eval(), x, x, x))
+
+
+@pytest.mark.parametrize("mode", ["channel", "split"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_of_a_step(memory_format, path, mode, dtype):
+    """Output and gradients, one bit for each element, and values per channel: nothing else of the input's size."""
+    shape = (64, 64, 56, 56)
+    layer = CompoundBatchNormAct2d(shape[1], device="cuda")
+    x, residual, grad = tensors(memory_format, 3, shape, dtype)
+    x.requires_grad_()
+    residual.requires_grad_()
+    groups = torch.arange(shape[0], device="cuda") % 4 if mode == "split" else None
+    size, bits = x.numel() * x.element_size(), x.numel() // 8
+    per_channel = 4 << 20
+
+    def added(function):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        return result, torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+
+    def forward(*inputs):
+        if mode == "channel":
+            return layer(*inputs)
+        with split_path(groups):
+            return layer(*inputs)
+
+    with torch.no_grad():
+        forward(x, residual)
+    y, peak, kept = added(lambda: forward(x))
+    assert peak <= size + per_channel and kept <= size + per_channel
+    _, peak, _ = added(lambda: torch.autograd.grad(y, x, grad))
+    assert peak <= size + per_channel
+    del y
+    y, peak, kept = added(lambda: forward(x, residual))
+    assert peak <= size + bits + per_channel and kept <= size + bits + per_channel
+    _, peak, _ = added(lambda: torch.autograd.grad(y, (x, residual), grad))
+    assert peak <= 2 * size + per_channel
+
+
+REPEATED = [
+    Case((128, 16, 32, 32)),
+    Case((64, 64, 56, 56), dtype=torch.bfloat16),
+    Case((64, 64, 56, 56), layout="channels_last"),
+    Case((64, 256, 14, 14), dtype=torch.float16, layout="channels_last"),
+    Case((64, 70, 7, 7), 8, dtype=torch.float64),
+    Case((64, 12, 28, 28), 3, "split"),
+    Case((4096, 5), 4),
+    Case((3, 2, 331, 333), 2, layout="channels_last"),
+    Case((16, 8, 56, 56), training=False),
+]
+
+
+@pytest.mark.parametrize("case", REPEATED, ids=str)
+def test_bitwise_repeatable(case, path):
+    """Sums are cut by shape and merged in order, whatever runs beside: the caches and the clock change nothing."""
+    first = [t for t in run(case, "native", "cuda") if t is not None]
+    for _ in range(20):
+        busy(0.1)
+        assert_same_bits([t for t in run(case, "native", "cuda") if t is not None], first)
+
+
+WRONG_GROUP = """
+import torch
+from cbn_ext import split_batch_norm
+mean, var = torch.zeros(4, 3, device="cuda"), torch.ones(4, 3, device="cuda")
+groups = torch.tensor([0, 1, {group}, 0], device="cuda")
+split_batch_norm(torch.randn(4, 3, 5, 5, device="cuda"), groups, mean, var, None, None)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("group", [-1, 4])
+def test_group_without_a_component_is_an_error(group):
+    """As in PyTorch's own kernels an assertion on the device, which ends the program's use of the GPU."""
+    program = [sys.executable, "-c", WRONG_GROUP.format(group=group)]
+    root = Path(__file__).parents[2]
+    process = subprocess.run(program, cwd=root, capture_output=True, text=True, check=False)
+    assert process.returncode != 0
+    assert "device-side assert" in process.stderr and "group" in process.stderr

@@ -1,0 +1,163 @@
+"""The Makefile, against a Python that only writes down what it was asked to do; and `make gpu` without a GPU."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from python_tests.gpu import __main__ as gpu
+
+ROOT = Path(__file__).parent.parent
+
+INSTALL = "-m pip install --disable-pip-version-check --constraint constraints.txt"
+BUILD = "setup.py build_ext --inplace"
+
+
+def write_script(path, *lines):
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "ops.cpp").touch()
+    write_script(
+        tmp_path / "fake_python",
+        '[ "$1" = -c ] && exec echo cpython-0',
+        f'echo "$@" >> {tmp_path}/calls',
+        '[ "$1 $2" = "-m venv" ] && mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && touch "$3/bin/pip"',
+        "true",
+    )
+    return tmp_path
+
+
+def make(checkout, *arguments):
+    """What Python was asked to do by one call of make."""
+    (checkout / "calls").write_text("")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "VENV"))}
+    subprocess.run(
+        ["make", f"PYTHON={checkout / 'fake_python'}", *arguments],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        check=True,
+    )
+    return (checkout / "calls").read_text().splitlines()
+
+
+def change(checkout, name):
+    """Make one file newer than everything else, however coarse the clock."""
+    for path in checkout.rglob("*"):
+        os.utime(path, (0, 0))
+    (checkout / name).touch()
+
+
+def test_first_call_installs_builds_and_runs_the_second_only_runs(checkout):
+    first = make(checkout, "test")
+    assert first == [
+        "-m venv .venv",
+        f"{INSTALL} torch ninja pybind11 setuptools",
+        f"{INSTALL} --no-build-isolation --editable .[test]",
+        BUILD,
+        "-m pytest",
+    ]
+    assert make(checkout, "test") == ["-m pytest"]
+    assert make(checkout, "train") == ["-m train"]
+    assert make(checkout, "bench") == ["-m bench"]
+    assert make(checkout, "gpu") == ["-m python_tests.gpu"]  # which builds for itself
+
+
+def test_changed_source_is_built_and_changed_pins_are_installed(checkout):
+    make(checkout, "test")
+    change(checkout, "csrc/ops.cpp")
+    assert make(checkout, "test") == [BUILD, "-m pytest"]
+    change(checkout, "constraints.txt")
+    assert [call.split(" ")[1] for call in make(checkout, "test")] == ["pip", "pip", "pytest"]
+
+
+def test_ambient_python_is_only_built_for(checkout):
+    assert make(checkout, "test", "VENV=") == [BUILD, "-m pytest"]
+    assert make(checkout, "test", "VENV=") == ["-m pytest"]
+    assert make(checkout, "gpu", "VENV=") == ["-m python_tests.gpu"]
+    assert not (checkout / ".venv").exists()
+
+
+def test_old_python_is_refused(checkout):
+    write_script(checkout / "fake_python", 'exec python3 -c "import sys; sys.version_info = (3, 9); $2"')
+    made = subprocess.run(["make", "test", "PYTHON=./fake_python"], cwd=checkout, capture_output=True, text=True)
+    assert made.returncode == 2
+    assert "cbn_ext needs Python 3.10 or newer; ./fake_python is " in made.stderr
+
+
+def test_missing_python_is_named(checkout):
+    made = subprocess.run(["make", "test", "PYTHON=no_python"], cwd=checkout, capture_output=True, text=True)
+    assert made.returncode == 2
+    assert "cbn_ext needs Python 3.10 or newer; no_python was not found" in made.stderr
+
+
+def test_help_lists_every_target():
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"^make (\w+)\t\S", listed, re.MULTILINE) == ["help", "train", "test", "bench", "gpu", "lint"]
+
+
+@pytest.fixture
+def gpu_steps(monkeypatch, tmp_path):
+    """A function that runs such (name, shell command) as the steps of `make gpu`, as if there was a GPU."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+
+    def main(*steps):
+        steps = [gpu.Step(name, ["sh", "-c", command], 1) for name, command in steps]
+        monkeypatch.setattr(gpu, "steps", lambda: steps)
+        return gpu.main()
+
+    return main
+
+
+def test_gpu_steps_run_after_one_that_failed_and_the_end_tells(gpu_steps, capsys):
+    status = gpu_steps(("build", "echo built"), ("tests", "echo wrong; exit 3"), ("bench", "sleep 9"), ("sass", "true"))
+    assert status == 1
+    output = capsys.readouterr().out
+    assert "built" not in output and "\nwrong\n" in output
+    summary = output[output.index("--- make gpu") :].splitlines()[1:]
+    results = [re.fullmatch(r"(\w+) +\d+ s  (.*)", line).groups() for line in summary]
+    assert results == [
+        ("build", "ok"),
+        ("tests", "failed, exit status 3"),
+        ("bench", "stopped after 1 s"),
+        ("sass", "ok"),
+    ]
+    assert Path("build/gpu/build.log").read_text() == "built\n"
+
+
+def test_gpu_steps_all_well(gpu_steps):
+    assert gpu_steps(("build", "true"), ("tests", "true")) == 0
+
+
+def test_gpu_steps_end_where_the_build_fails(gpu_steps, capsys):
+    assert gpu_steps(("build", "false"), ("tests", "true")) == 1
+    assert "tests" not in capsys.readouterr().out
+
+
+def test_gpu_tests_are_there_and_fail_without_a_gpu():
+    """Not skipped: a run on a machine whose GPU is not seen must not look like success."""
+    pytest_command = [sys.executable, "-m", "pytest", "-q", "python_tests/gpu"]
+    options = {"cwd": ROOT, "env": {**os.environ, "CUDA_VISIBLE_DEVICES": ""}, "capture_output": True, "text": True}
+    collected = subprocess.run([*pytest_command, "--collect-only"], **options, check=True).stdout
+    for path in (ROOT / "python_tests" / "gpu").glob("test_*.py"):
+        assert f"{path.name}::test_" in collected
+    run = subprocess.run(pytest_command, **options, check=False)
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "these tests need a CUDA GPU, and torch finds none" in run.stderr
+    make_gpu = subprocess.run([sys.executable, "-m", "python_tests.gpu"], **options, check=False)
+    assert make_gpu.returncode == 1
+    assert "torch finds no CUDA GPU" in make_gpu.stderr

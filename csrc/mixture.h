@@ -271,6 +271,12 @@ CBN_INLINE T normalise(const LogOdds<T, M>& odds, const Branches<T, M>& branches
   return y * Math<T>::reciprocal(sum);
 }
 
+// Whether a ReLU passes y and its gradient; NaN passes.
+template <class T>
+CBN_INLINE bool passes_relu(T y) {
+  return !(y <= 0);
+}
+
 // Backward of the affine pairs, g = dL/dy:  dL/dbeta_m = sum g p_m,  dL/dgamma_m = sum g p_m (x - mu_m) r_m
 template <class T, int M>
 struct GradientSums {
@@ -308,6 +314,15 @@ struct InputGradient {
   T quadratic[M];  // dL/dvar / n
   T constant[M];   // -quadratic var
 };
+
+// The output again, from what the backward pass has.
+template <class T, int M>
+CBN_INLINE T combine(const InputGradient<T, M>& in, const T (&p)[M], T z) {
+  T y = p[0] * (in.scale[0] * (z - in.centre[0]) + in.bias[0]);
+  CBN_UNROLL
+  for (int m = 1; m < M; ++m) y = y + p[m] * (in.scale[m] * (z - in.centre[m]) + in.bias[m]);
+  return y;
+}
 
 CBN_INLINE double mean_gradient(double scale, double grad_bias, double mass) {
   return mass < kMassFloor ? 0 : -scale * grad_bias / mass;

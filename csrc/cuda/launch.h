@@ -1,0 +1,181 @@
+// The choice of grid, block, cluster and shared memory. Host only, neither CUDA nor torch: tested without a GPU.
+//
+// A *block of channels* is one channel, or in channels_last the neighbouring channels that a block of threads
+// takes side by side. Its points are split among blocks of threads. In the resident path these blocks are one
+// cluster, which keeps the values on chip between the reduction and the second pass: each is read once. In the
+// streaming path the values are read twice, by two kernels.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace cbn {
+
+constexpr int kWarp = 32;
+// Sums of a thread are kept in the statistics' type for at most so many elements, then in double.
+constexpr int kMostElementsOfThread = 128;
+constexpr int kFewestElementsOfThread = 16;
+// Chunks that a thread has under way while it works on one.
+constexpr int kChunksAhead = 3;
+constexpr int kStreamingThreads = 256;
+// Blocks for each multiprocessor that the streaming path tries to have: several run at once, and the last ones
+// to end should be few among many.
+constexpr int kBlocksOfMultiprocessor = 16;
+// Bytes of neighbouring channels that a block reads at a time in channels_last.
+constexpr int kResidentSegment = 64;
+constexpr int kStreamingSegment = 256;
+// Of a cluster that every device with clusters can launch.
+constexpr int kLargestCluster = 8;
+
+struct Device {
+  int multiprocessors;
+  int shared_memory;  // bytes that a block may have
+  int cluster;        // blocks of the largest cluster; 1: no clusters, 0: no resident path
+};
+
+// What a pass works on.
+struct Extent {
+  int64_t channels;  // C
+  int64_t points;    // P of each channel: images times space
+  bool channels_last;
+  int element_size;    // bytes
+  int statistic_size;  // bytes of a statistic: 4 or 8
+  int components;      // M, as compiled
+  int vector;          // V elements that a thread takes at once: points, or in channels_last channels
+  int most_threads;    // of a block
+  int tensors;         // read by a pass: 1, or 2 in the backward pass
+};
+
+// Offsets in bytes of a block's shared memory; K channels of the block. Shared by host and kernels.
+struct SharedMemory {
+  unsigned totals;        // double [3, M, K] sums of the block
+  unsigned merged;        // double [3, M, K] sums of the cluster
+  unsigned density;       // double [3, M, K] log-densities of the components
+  unsigned coefficients;  // statistic [9, M, K]
+  unsigned results;       // statistic [3, M, K]
+  unsigned origin;        // double [K]
+  unsigned widest;        // int [K]
+  unsigned flag;          // int
+  unsigned values;        // elements, [slots, threads] chunks of each tensor that is read
+};
+
+constexpr SharedMemory shared_memory_of(int components, int channels, int statistic_size) {
+  const unsigned items = components * channels;
+  SharedMemory at{};
+  at.merged = at.totals + 3 * 8 * items;
+  at.density = at.merged + 3 * 8 * items;
+  at.origin = at.density + 3 * 8 * items;
+  at.coefficients = at.origin + 8 * channels;
+  at.results = at.coefficients + 9 * statistic_size * items;
+  at.widest = at.results + 3 * statistic_size * items;
+  at.flag = at.widest + 4 * channels;
+  at.values = (at.flag + 4 + 15) / 16 * 16;
+  return at;
+}
+
+struct Plan {
+  bool resident;
+  int threads;            // of a block
+  int lanes;              // threads side by side along the channels: 1 unless channels_last
+  int channels_of_block;  // K
+  int64_t channel_blocks;
+  int64_t splits;  // blocks that share a block of channels; in the resident path the cluster
+  int64_t points_of_split;
+  unsigned shared;  // bytes
+  int64_t blocks() const { return channel_blocks * splits; }
+};
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int64_t power_of_two_from(int64_t least) {
+  int64_t power = 1;
+  while (power < least) power *= 2;
+  return power;
+}
+
+// Threads of a block and how they share a block of channels; splits are still to be chosen.
+inline Plan block_of(const Extent& p, int segment, int most_threads) {
+  Plan plan{};
+  plan.lanes = plan.channels_of_block = 1;
+  if (p.channels_last) {
+    // The packed bits of whole bytes must be side by side.
+    const int fewest = std::max(1, 8 / p.vector);
+    const int64_t wanted = segment / (p.vector * p.element_size);
+    const int64_t useful = power_of_two_from(divide_up(p.channels, p.vector));
+    plan.lanes = static_cast<int>(std::clamp<int64_t>(std::min(wanted, useful), fewest, kWarp));
+    plan.channels_of_block = plan.lanes * p.vector;
+  }
+  plan.channel_blocks = divide_up(p.channels, plan.channels_of_block);
+  const int64_t chunks = p.channels_last ? p.points * plan.lanes : divide_up(p.points, p.vector);
+  plan.threads = static_cast<int>(std::clamp<int64_t>(power_of_two_from(chunks / 4), 2 * kWarp, most_threads));
+  return plan;
+}
+
+// Points that a block takes at once.
+inline int64_t step_of(const Plan& plan, const Extent& p) {
+  return p.channels_last ? plan.threads / plan.lanes : static_cast<int64_t>(plan.threads) * p.vector;
+}
+
+// Cuts the points into splits, at whole warps, so that every chunk has the same lane in each pass.
+inline void split(Plan& plan, const Extent& p, int64_t splits) {
+  const int64_t granule = p.channels_last ? 1 : static_cast<int64_t>(kWarp) * p.vector;
+  plan.points_of_split = std::max<int64_t>(1, divide_up(divide_up(p.points, splits), granule)) * granule;
+  plan.splits = splits;
+}
+
+inline unsigned shared_bytes(const Plan& plan, const Extent& p) {
+  const unsigned fixed = shared_memory_of(p.components, plan.channels_of_block, p.statistic_size).values;
+  const int64_t iterations = plan.resident ? divide_up(plan.points_of_split, step_of(plan, p)) : kChunksAhead + 1;
+  const int64_t bytes = iterations * plan.threads * p.vector * p.element_size * p.tensors;
+  return fixed + static_cast<unsigned>(std::min<int64_t>(bytes, 1 << 30));
+}
+
+// The smallest cluster whose shared memory holds the values, so that two blocks fit on a multiprocessor if that
+// can be; a larger one where multiprocessors would be idle.
+inline bool plan_resident(Plan& plan, const Extent& p, const Device& device) {
+  const int largest = std::min(device.cluster, kLargestCluster);
+  for (const int limit : {device.shared_memory / 2, device.shared_memory}) {
+    for (int cluster = 1; cluster <= largest; cluster *= 2) {
+      plan = block_of(p, kResidentSegment, p.most_threads);
+      plan.resident = true;
+      split(plan, p, cluster);
+      plan.shared = shared_bytes(plan, p);
+      if (plan.shared > static_cast<unsigned>(limit)) continue;
+      while (cluster * 2 <= largest && plan.channel_blocks * cluster * 2 <= device.multiprocessors &&
+             plan.points_of_split > 2 * step_of(plan, p)) {
+        cluster *= 2;
+        split(plan, p, cluster);
+      }
+      plan.shared = shared_bytes(plan, p);
+      return true;
+    }
+  }
+  return false;
+}
+
+inline Plan plan_streaming(const Extent& p, const Device& device) {
+  Plan plan = block_of(p, kStreamingSegment, std::min(p.most_threads, kStreamingThreads));
+  const int elements_of_point = p.channels_last ? p.vector : 1;
+  const int64_t threads_of_point = p.channels_last ? plan.lanes : 1;
+  const auto splits_for = [&](int elements_of_thread) {
+    const int64_t points =
+        static_cast<int64_t>(plan.threads) / threads_of_point * elements_of_thread / elements_of_point;
+    return std::max<int64_t>(1, divide_up(p.points, std::max<int64_t>(1, points)));
+  };
+  int elements = kMostElementsOfThread;
+  const int64_t wanted = static_cast<int64_t>(kBlocksOfMultiprocessor) * device.multiprocessors;
+  while (elements > kFewestElementsOfThread && plan.channel_blocks * splits_for(elements) < wanted) elements /= 2;
+  split(plan, p, splits_for(elements));
+  // Rounding to whole warps may have left splits without points.
+  plan.splits = std::max<int64_t>(1, divide_up(p.points, plan.points_of_split));
+  plan.shared = shared_bytes(plan, p);
+  return plan;
+}
+
+// Of a pass that reduces and then maps.
+inline Plan plan_reduction(const Extent& p, const Device& device) {
+  Plan plan{};
+  return plan_resident(plan, p, device) ? plan : plan_streaming(p, device);
+}
+
+}  // namespace cbn

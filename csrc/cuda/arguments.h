@@ -25,8 +25,8 @@ struct Arguments {
   const void* grad;       // like x: of the output
   void* out;              // like x: the output, or the input's gradient
   void* grad_residual;    // like x, or null
-  uint8_t* mask;          // bits of the ReLU, a chunk's V bits together, or null
-  int64_t chunks_of_row;  // in the mask: of a channel, in channels_last of a point; whole bytes
+  unsigned* mask;         // [C N S] bits of the ReLU, channels_last [N S C], or null
+  bool mask_in_bytes;     // no byte is shared by two channels, in channels_last by two points; else mask starts as 0
   const int64_t* groups;  // [N] in split mode, else null
 
   int components;      // M

@@ -11,6 +11,7 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
@@ -62,6 +63,8 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+__device__ __forceinline__ void atomic_or(unsigned* word, unsigned bits) { atomicOr(word, bits); }
 
 // Copies 4, 8 or 16 bytes, aligned to their size, from global to shared memory, while the thread goes on.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
@@ -123,6 +126,7 @@ inline void check(cudaError_t status) {
   STD_TORCH_CHECK(status == cudaSuccess, "CUDA error: ", cudaGetErrorString(status));
 }
 
+using DeviceGuard = torch::stable::accelerator::DeviceGuard;
 using Stream = cudaStream_t;
 
 inline Stream current_stream(int device) {

@@ -81,6 +81,7 @@ struct Plan {
   int64_t channel_blocks;
   int64_t splits;  // blocks that share a block of channels; in the resident path the cluster
   int64_t points_of_split;
+  int slots;        // chunks of a thread in shared memory, of each tensor
   unsigned shared;  // bytes
   int64_t blocks() const { return channel_blocks * splits; }
 };
@@ -123,11 +124,15 @@ inline void split(Plan& plan, const Extent& p, int64_t splits) {
   plan.splits = splits;
 }
 
-inline unsigned shared_bytes(const Plan& plan, const Extent& p) {
-  const unsigned fixed = shared_memory_of(p.components, plan.channels_of_block, p.statistic_size).values;
-  const int64_t iterations = plan.resident ? divide_up(plan.points_of_split, step_of(plan, p)) : kChunksAhead + 1;
-  const int64_t bytes = iterations * plan.threads * p.vector * p.element_size * p.tensors;
-  return fixed + static_cast<unsigned>(std::min<int64_t>(bytes, 1 << 30));
+// Shared memory for all chunks of the resident path, or for a ring of them.
+inline void take_shared_memory(Plan& plan, const Extent& p) {
+  const int64_t iterations = divide_up(plan.points_of_split, step_of(plan, p));
+  const int64_t slots = plan.resident ? iterations : kChunksAhead + 1;
+  const int64_t bytes = slots * plan.threads * p.vector * p.element_size * p.tensors;
+  constexpr int64_t kNone = 1 << 30;  // more than any device has
+  plan.slots = static_cast<int>(std::min(slots, kNone));
+  plan.shared = shared_memory_of(p.components, plan.channels_of_block, p.statistic_size).values +
+                static_cast<unsigned>(std::min(bytes, kNone));
 }
 
 // The smallest cluster whose shared memory holds the values, so that two blocks fit on a multiprocessor if that
@@ -139,14 +144,14 @@ inline bool plan_resident(Plan& plan, const Extent& p, const Device& device) {
       plan = block_of(p, kResidentSegment, p.most_threads);
       plan.resident = true;
       split(plan, p, cluster);
-      plan.shared = shared_bytes(plan, p);
+      take_shared_memory(plan, p);
       if (plan.shared > static_cast<unsigned>(limit)) continue;
       while (cluster * 2 <= largest && plan.channel_blocks * cluster * 2 <= device.multiprocessors &&
              plan.points_of_split > 2 * step_of(plan, p)) {
         cluster *= 2;
         split(plan, p, cluster);
       }
-      plan.shared = shared_bytes(plan, p);
+      take_shared_memory(plan, p);
       return true;
     }
   }
@@ -168,7 +173,7 @@ inline Plan plan_streaming(const Extent& p, const Device& device) {
   split(plan, p, splits_for(elements));
   // Rounding to whole warps may have left splits without points.
   plan.splits = std::max<int64_t>(1, divide_up(p.points, plan.points_of_split));
-  plan.shared = shared_bytes(plan, p);
+  take_shared_memory(plan, p);
   return plan;
 }
 

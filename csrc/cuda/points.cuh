@@ -200,26 +200,39 @@ struct Walk {
     });
   }
 
-  // The chunk's number in the mask: chunks that share a byte belong to neighbouring lanes of a warp.
-  __device__ __forceinline__ int64_t mask_chunk() const {
+  // The first of the chunk's bits in the mask. They lie channel by channel, in channels_last point by point.
+  __device__ __forceinline__ int64_t mask_bit() const {
     const int64_t in_channel = block.begin + point;
-    return C::kChannelsLast ? in_channel * block.a.chunks_of_row + block.channel() / V
-                            : block.channel() * block.a.chunks_of_row + in_channel / V;
+    return C::kChannelsLast ? in_channel * block.a.channels + block.channel()
+                            : block.channel() * block.a.points + in_channel;
   }
 
   // Bit v says whether the ReLU passed element v. All threads of the warp must call this, also without elements.
   __device__ __forceinline__ void store_mask(unsigned bits) const {
-    constexpr int kChunksOfByte = 8 / V;
-    int byte = static_cast<int>(bits << V * (threadIdx.x % kChunksOfByte));
-    CBN_UNROLL
-    for (int other = 1; other < kChunksOfByte; other *= 2) byte |= __shfl_xor_sync(0xffffffffu, byte, other);
-    if (count() > 0 && threadIdx.x % kChunksOfByte == 0)
-      block.a.mask[mask_chunk() / kChunksOfByte] = static_cast<uint8_t>(byte);
+    const int64_t first = mask_bit();
+    if (block.a.mask_in_bytes) {
+      // Chunks that share a byte belong to neighbouring threads.
+      constexpr int kChunksOfByte = 8 / V;
+      int byte = static_cast<int>(bits << V * (threadIdx.x % kChunksOfByte));
+      CBN_UNROLL
+      for (int other = 1; other < kChunksOfByte; other *= 2) byte |= __shfl_xor_sync(0xffffffffu, byte, other);
+      if (count() > 0 && threadIdx.x % kChunksOfByte == 0)
+        reinterpret_cast<uint8_t*>(block.a.mask)[first / 8] = static_cast<uint8_t>(byte);
+    } else if (count() > 0) {
+      const uint64_t shifted = static_cast<uint64_t>(bits) << first % 32;
+      const unsigned low = static_cast<unsigned>(shifted), high = static_cast<unsigned>(shifted >> 32);
+      if (low) atomic_or(block.a.mask + first / 32, low);
+      if (high) atomic_or(block.a.mask + first / 32 + 1, high);
+    }
   }
 
   __device__ __forceinline__ unsigned load_mask() const {
-    constexpr int kChunksOfByte = 8 / V;
-    return block.a.mask[mask_chunk() / kChunksOfByte] >> V * (threadIdx.x % kChunksOfByte);
+    const int64_t first = mask_bit();
+    const unsigned* word = block.a.mask + first / 32;
+    const int shift = static_cast<int>(first % 32);
+    uint64_t bits = word[0];
+    if (shift + count() > 32) bits |= static_cast<uint64_t>(word[1]) << 32;
+    return static_cast<unsigned>(bits >> shift);
   }
 };
 

@@ -1,24 +1,39 @@
-"""`python -m bench`: measure what this machine has, print the tables, write them to bench/results/."""
+"""`python -m bench [cpu | cuda]`: measure, print the tables, write them to bench/results/.
 
+Without a name: what this machine has, the CPU and, where there is one, the GPU.
+"""
+
+import argparse
 import sys
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
-from bench import cpu
+from bench import cpu, cuda_report
 from bench.providers import WrongResultError
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    """Run the CPU part."""
+    """Run the parts asked for; ends with an error where a result of ours was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    parser.add_argument("part", nargs="?", choices=("cpu", "cuda"), help="default: cpu, and cuda if there is one")
+    parser.add_argument("--seconds", type=float, default=280, help="time for cuda; what is left out is reported")
+    arguments = parser.parse_args()
     console = Console()
-    try:
-        report = cpu.run()
-    except WrongResultError as error:
-        sys.exit(f"nothing was timed: {error}")
-    report.show(console)
-    for path in report.write(Path(__file__).parent / "results"):
-        console.print(f"wrote bench/results/{path.name}")
+    cuda_too = arguments.part is None and torch.cuda.is_available()
+    if arguments.part in (None, "cpu"):
+        try:
+            report = cpu.run()
+        except WrongResultError as error:
+            sys.exit(f"nothing was timed: {error}")
+        report.show(console)
+        for path in report.write(RESULTS):
+            console.print(f"wrote bench/results/{path.name}")
+    if arguments.part == "cuda" or cuda_too:
+        sys.exit(cuda_report.run(console, arguments.seconds, RESULTS))
 
 
 if __name__ == "__main__":

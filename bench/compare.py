@@ -14,7 +14,16 @@ from bench.harness import (
     resident_peak,
     time_interleaved,
 )
-from bench.providers import BATCHNORM, Case, LayerWorkload, check, expected_results, make_problem, set_up
+from bench.providers import (
+    BATCHNORM,
+    Case,
+    LayerWorkload,
+    check,
+    expected_results,
+    make_problem,
+    results,
+    set_up,
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ def compare(comparison: Comparison) -> tuple[list[TimeRow], list[MemoryRow]]:
         expected = expected_results(problem)
         for (provider, its_components), workload in workloads.items():
             if its_components == components:
-                check(provider, workload, expected)
+                check(provider, problem.case, results(workload), expected)
         del expected
 
     times = time_interleaved(workloads)

@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import geometric_mean
@@ -12,9 +13,10 @@ from rich.progress import track
 
 import cbn_ext
 from bench.compare import Comparison, compare
-from bench.harness import BOTH, Environment, MemoryRow, TimeRow
+from bench.harness import BOTH, MemoryRow, TimeRow
+from bench.plot import plot
 from bench.providers import BATCHNORM, BATCHNORM_COMPILED, OURS, REFERENCE, REFERENCE_COMPILED, Case
-from bench.report import Report, Target
+from bench.report import Report, Target, memory_table, target_table, time_table
 
 THREADS = 2
 SHAPES = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (16, 256, 56, 56))
@@ -28,6 +30,18 @@ COMPARISONS = (
 )
 
 
+@dataclass(frozen=True)
+class Environment:
+    """isa: the instruction set of the native kernels, None where these are not loaded."""
+
+    device: str
+    isa: str | None
+    threads: int
+    torch: str
+    cbn_ext: str
+    date: str
+
+
 def run() -> Report:
     """Measure every comparison with the native operators; raises where they are not there, or wrong."""
     load = os.getloadavg()[0]
@@ -39,7 +53,27 @@ def run() -> Report:
             rows = compare(comparison)
             times += rows[0]
             memory += rows[1]
-    return Report("cpu", environment(), load, times, memory, targets(times, memory))
+    return report(environment(), load, times, memory)
+
+
+def report(e: Environment, load: float, times: list[TimeRow], memory: list[MemoryRow]) -> Report:
+    """What was measured. load: the system's load average before the run."""
+    warning = f"The load average before the run was {load:.1f}: other processes disturb these times."
+    return Report(
+        kind="cpu",
+        environment=e,
+        facts=f"{e.device}, {e.isa}, {e.threads} threads; torch {e.torch}, cbn_ext {e.cbn_ext}; {e.date}; "
+        f"load average before the run {load:.1f}.",
+        csv={"": times, "-memory": memory},
+        tables=[
+            target_table("Targets (forward+backward)", targets(times, memory)),
+            time_table(times),
+            memory_table(memory),
+        ],
+        figures={"": plot(times, e.device)},
+        text=_HOW,
+        warnings=[warning] if load > 0.5 else [],
+    )
 
 
 def environment() -> Environment:
@@ -97,3 +131,24 @@ def targets(times: list[TimeRow], memory: list[MemoryRow]) -> list[Target]:
         resident = worst(measured, lambda row: row.in_out + row.resident)
         found.append(Target(what + "resident in all", resident, "≤", 1.1))
     return found
+
+
+_HOW = """## How this was measured
+
+- One process; the providers take turns in rounds, every other round in the reverse order. Training mode; a
+  step is the layer's forward and `torch.autograd.grad` for input, weight and bias. The first step of a turn
+  is not counted.
+- Every provider's output and gradients were compared with the float64 reference before it was timed.
+- GB/s counts, for every provider, one read and one write of a tensor of the input's size forward, two reads
+  and one write backward.
+- *reference* is the formula in plain PyTorch operations with autograd, `cbn_ext.reference.forward`.
+- *mixed* data, where nothing is said: the components share the responsibility for every value; *saturated*:
+  each value belongs to one component; *constant*: every other channel is constant.
+- *Input and output* are x, y and their gradients. *Allocated beyond* is the peak, over one step, of what
+  PyTorch's allocator handed out besides these: statistics, gradients of the parameters, temporaries.
+  *Resident beyond* is the peak of the process's touched memory besides these, in whole pages; it also sees
+  what C++ code takes elsewhere, and freed temporaries that have not gone back to the system.
+- The eager backward of `nn.BatchNorm2d` (torch 2.11) allocates the input's gradient twice and leaves one
+  untouched: it is among the allocated bytes, not among the resident ones. Without it, statistics of each
+  channel remain, of which M components have M times as many: compare the rows of the memory table, not the
+  ratio alone."""

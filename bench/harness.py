@@ -9,19 +9,23 @@ import gc
 import json
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "forward+backward")
+EVALUATION = "evaluation forward"
 
 #: Tensors of the input's size that a direction must move, whoever computes it: x, y; x, grad_y, grad_x; all.
-TENSORS_MOVED = {FORWARD: 2, BACKWARD: 3, BOTH: 5}
+TENSORS_MOVED = {FORWARD: 2, BACKWARD: 3, BOTH: 5, EVALUATION: 2}
+#: What an added residual must move besides: itself, its gradient, both.
+RESIDUALS_MOVED = {FORWARD: 1, BACKWARD: 1, BOTH: 2, EVALUATION: 1}
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -54,9 +58,13 @@ def summarize(samples: Sequence[float]) -> Summary:
     return Summary(*torch.quantile(torch.tensor(samples, dtype=torch.float64), levels).tolist(), len(samples))
 
 
-def gigabytes_per_second(direction: str, tensor_bytes: int, microseconds: float) -> float:
-    """Throughput by one formula for every provider; `tensor_bytes` is the size of the input."""
-    return TENSORS_MOVED[direction] * tensor_bytes / (microseconds * 1e3)
+def gigabytes_per_second(direction: str, tensor_bytes: int, microseconds: float, residual: bool = False) -> float:
+    """Throughput by one formula for every provider; `tensor_bytes` is the size of the input.
+
+    The signs that a ReLU's backward needs are not counted: they follow from x, or take a bit an element.
+    """
+    tensors = TENSORS_MOVED[direction] + (RESIDUALS_MOVED[direction] if residual else 0)
+    return tensors * tensor_bytes / (microseconds * 1e3)
 
 
 def wall_clock(workload: Workload) -> dict[str, float]:
@@ -87,7 +95,8 @@ def time_interleaved(
 
     Args:
         workloads: warmed up: each has run once, so that what compiles has compiled.
-        measure: microseconds of one step by direction.
+        measure: microseconds of one step by direction. What measures many steps at once, and gives their mean,
+            wants the seconds of a turn and of all divided by as many.
     """
     steps, round_seconds = {}, 0.0
     for key, workload in workloads.items():
@@ -96,7 +105,7 @@ def time_interleaved(
         round_seconds += seconds * steps[key]
     rounds = 2 * max(2, min(max_rounds, int(budget_seconds / round_seconds)) // 2)
 
-    samples = {key: {direction: [] for direction in DIRECTIONS} for key in workloads}
+    samples = {key: defaultdict(list) for key in workloads}
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -173,23 +182,11 @@ def _status_bytes(key: str) -> int:
 
 
 @dataclass(frozen=True)
-class Environment:
-    """Where and with what the numbers were made; repeated in every row, so that a row can stand alone.
-
-    isa: the instruction set of the native kernels, None where these are not loaded.
-    """
-
-    device: str
-    isa: str | None
-    threads: int
-    torch: str
-    cbn_ext: str
-    date: str
-
-
-@dataclass(frozen=True)
 class TimeRow:
-    """Time of one provider on one case in one direction; the ratio is that of the medians."""
+    """Time of one provider on one case in one direction.
+
+    The ratio is that of the medians, to nn.BatchNorm2d followed by the same operations; None where that failed.
+    """
 
     provider: str
     shape: str
@@ -203,7 +200,7 @@ class TimeRow:
     p80_us: float
     samples: int
     gb_per_s: float
-    ratio_to_batchnorm: float
+    ratio_to_batchnorm: float | None
 
 
 @dataclass(frozen=True)
@@ -225,8 +222,8 @@ class MemoryRow:
     resident: int | None
 
 
-def write_csv(path: Path, rows: Sequence[TimeRow] | Sequence[MemoryRow], environment: Environment) -> None:
-    """One line for each row, the environment's columns at its end."""
+def write_csv(path: Path, rows: Sequence[Any], environment: Any) -> None:
+    """One line for each row; rows and environment are dataclasses, the environment's columns come last."""
     names = [f.name for f in (*fields(rows[0]), *fields(environment))]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)

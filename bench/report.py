@@ -1,31 +1,42 @@
-"""What a benchmark leaves: tables, CSV, a Markdown summary and a plot, named after the machine."""
+"""What a benchmark leaves: tables, CSV, a Markdown summary and plots, named after the machine."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from bench.harness import BOTH, DIRECTIONS, Environment, MemoryRow, TimeRow, write_csv
-from bench.plot import plot
+from bench.harness import BOTH, DIRECTIONS, MemoryRow, TimeRow, write_csv
 
 
 @dataclass(frozen=True)
 class Target:
-    """A measured value and the limit it is meant to keep; relation is "≤" or "≥"."""
+    """A measured value, None where nothing was measured, and the limit it is meant to keep, "≤" or "≥"."""
 
     what: str
-    value: float
+    value: float | None
     relation: str
     limit: float
 
     @property
     def met(self) -> bool:
         """Whether the value keeps the limit."""
+        if self.value is None:
+            return False
         return self.value <= self.limit if self.relation == "≤" else self.value >= self.limit
+
+    @property
+    def cells(self) -> list[str]:
+        """The target's row in a table."""
+        limit = f"{self.relation} {self.limit:g}"
+        if self.value is None:
+            return [self.what, "", limit, "not measured"]
+        return [self.what, f"{self.value:.2f}", limit, "met" if self.met else "missed"]
 
 
 @dataclass(frozen=True)
@@ -54,101 +65,88 @@ class Table:
         return table
 
 
+def target_table(title: str, targets: Sequence[Target]) -> Table:
+    """What is to be reached beside what is."""
+    return Table(title, ("what", "measured", "target", ""), [[target.cells for target in targets]])
+
+
+def time_table(rows: Sequence[TimeRow]) -> Table:
+    """The three directions of every provider on every case."""
+    header = ("input", "provider", "M", *(f"{d}, µs" for d in DIRECTIONS), "GB/s", "/ BatchNorm2d")
+    sections = []
+    for label, of_case in groupby(rows, _label):
+        by_member = groupby(of_case, lambda row: (row.provider, row.M))
+        sections.append([[label, provider, str(m), *_time_cells(list(group))] for (provider, m), group in by_member])
+    return Table("Time: median (20th-80th percentile); GB/s and ratio of forward+backward", header, sections)
+
+
+def memory_table(rows: Sequence[MemoryRow]) -> Table:
+    """Peak memory of every provider on every case."""
+    return Table(
+        "Peak memory of one forward+backward, KiB",
+        ("input", "provider", "M", "input and output", "allocated beyond", "resident beyond"),
+        [
+            [[label, row.provider, str(row.M), _kib(row.in_out), _kib(row.beyond), _kib(row.resident)] for row in group]
+            for label, group in groupby(rows, _label)
+        ],
+    )
+
+
+def report_name(kind: str, device: str) -> str:
+    """Kind and model of the machine, as the start of file names."""
+    return f"{kind}-" + re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
 @dataclass(frozen=True)
 class Report:
-    """All that was measured on one kind of machine. load: the system's load average before the run."""
+    """All that a benchmark found out.
+
+    kind: "cpu" or "cuda". environment: a dataclass with the device's name, the columns that every row of CSV ends with.
+    csv, figures: by what their file names end with. text: Markdown below the tables. warnings: what a reader must know.
+    """
 
     kind: str
-    environment: Environment
-    load: float
-    times: list[TimeRow]
-    memory: list[MemoryRow]
-    targets: list[Target]
+    environment: Any
+    facts: str
+    csv: dict[str, Sequence[Any]]
+    tables: list[Table]
+    figures: dict[str, Figure]
+    text: str
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        """Kind and model of the machine, as the start of file names."""
-        return f"{self.kind}-" + re.sub(r"[^a-z0-9]+", "-", self.environment.device.lower()).strip("-")
-
-    def tables(self) -> list[Table]:
-        """Targets, times and memory."""
-        targets = [
-            [t.what, f"{t.value:.2f}", f"{t.relation} {t.limit:g}", "met" if t.met else "missed"] for t in self.targets
-        ]
-        header = ("input", "provider", "M", *(f"{d}, µs" for d in DIRECTIONS), "GB/s", "/ BatchNorm2d")
-        times = []
-        for label, rows in groupby(self.times, _label):
-            by_member = groupby(rows, lambda row: (row.provider, row.M))
-            times.append([[label, provider, str(m), *_time_cells(list(group))] for (provider, m), group in by_member])
-        memory = [
-            [
-                [label, row.provider, str(row.M), _kib(row.in_out), _kib(row.beyond), _kib(row.resident)]
-                for row in rows
-            ]
-            for label, rows in groupby(self.memory, _label)
-        ]  # fmt: skip
-        return [
-            Table("Targets (forward+backward)", ("what", "measured", "target", ""), [targets]),
-            Table("Time: median (20th-80th percentile); GB/s and ratio of forward+backward", header, times),
-            Table(
-                "Peak memory of one forward+backward, KiB",
-                ("input", "provider", "M", "input and output", "allocated beyond", "resident beyond"),
-                memory,
-            ),
-        ]
+        """The start of file names."""
+        return report_name(self.kind, self.environment.device)
 
     def show(self, console: Console) -> None:
-        """Print the tables, the targets last."""
-        targets, *measured = self.tables()
-        for table in (*measured, targets):
+        """Print the tables, the first one, the targets, last."""
+        first, *others = self.tables
+        for table in (*others, first):
             console.print(table.rich())
-        if self.load > 0.5:
-            console.print(f"The load average before the run was {self.load:.1f}: other processes disturb these times.")
+        for warning in self.warnings:
+            console.print(warning, markup=False)
 
     def write(self, folder: Path) -> list[Path]:
-        """Write NAME.csv, NAME-memory.csv, NAME.png and NAME.md into `folder`."""
+        """Write NAME and ending for every CSV file and figure, and NAME.md, into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        times, memory, picture, summary = paths = [
-            folder / (self.name + ending) for ending in (".csv", "-memory.csv", ".png", ".md")
-        ]
-        write_csv(times, self.times, self.environment)
-        write_csv(memory, self.memory, self.environment)
-        plot(self.times, self.environment.device, picture)
-        e = self.environment
-        facts = (
-            f"{e.device}, {e.isa}, {e.threads} threads; torch {e.torch}, cbn_ext {e.cbn_ext}; {e.date}; "
-            f"load average before the run {self.load:.1f}."
+        paths = []
+        for ending, rows in self.csv.items():
+            if rows:
+                paths.append(folder / f"{self.name}{ending}.csv")
+                write_csv(paths[-1], rows, self.environment)
+        pictures = []
+        for ending, figure in self.figures.items():
+            paths.append(folder / f"{self.name}{ending}.png")
+            figure.savefig(paths[-1], dpi=150)
+            pictures.append(f"![times]({paths[-1].name})")
+        tables = (table.markdown() for table in self.tables)
+        warnings = ["\n".join(f"- {warning}" for warning in self.warnings)] if self.warnings else []
+        paths.append(folder / f"{self.name}.md")
+        paths[-1].write_text(
+            "\n\n".join([f"# {self.name}", self.facts, *warnings, *tables, self.text, *pictures]) + "\n"
         )
-        text = [
-            f"# {self.name}",
-            facts,
-            *(table.markdown() for table in self.tables()),
-            _HOW,
-            f"![times]({picture.name})",
-        ]
-        summary.write_text("\n\n".join(text) + "\n")
         return paths
-
-
-_HOW = """## How this was measured
-
-- One process; the providers take turns in rounds, every other round in the reverse order. Training mode; a
-  step is the layer's forward and `torch.autograd.grad` for input, weight and bias. The first step of a turn
-  is not counted.
-- Every provider's output and gradients were compared with the float64 reference before it was timed.
-- GB/s counts, for every provider, one read and one write of a tensor of the input's size forward, two reads
-  and one write backward.
-- *reference* is the formula in plain PyTorch operations with autograd, `cbn_ext.reference.forward`.
-- *mixed* data, where nothing is said: the components share the responsibility for every value; *saturated*:
-  each value belongs to one component; *constant*: every other channel is constant.
-- *Input and output* are x, y and their gradients. *Allocated beyond* is the peak, over one step, of what
-  PyTorch's allocator handed out besides these: statistics, gradients of the parameters, temporaries.
-  *Resident beyond* is the peak of the process's touched memory besides these, in whole pages; it also sees
-  what C++ code takes elsewhere, and freed temporaries that have not gone back to the system.
-- The eager backward of `nn.BatchNorm2d` (torch 2.11) allocates the input's gradient twice and leaves one
-  untouched: it is among the allocated bytes, not among the resident ones. Without it, statistics of each
-  channel remain, of which M components have M times as many: compare the rows of the memory table, not the
-  ratio alone."""
 
 
 def _label(row: TimeRow | MemoryRow) -> str:

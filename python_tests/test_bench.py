@@ -1,7 +1,8 @@
 """The benchmark's arithmetic, its probes and its check of results; no time is judged here."""
 
 import csv
-from dataclasses import dataclass, replace
+import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +10,24 @@ from torch import nn
 
 from bench import cpu, harness, providers
 from bench.compare import Comparison, compare
-from bench.harness import BACKWARD, BOTH, DIRECTIONS, FORWARD, Environment, MemoryRow, TimeRow
-from bench.providers import BATCHNORM, BATCHNORM_COMPILED, OURS, REFERENCE, REFERENCE_COMPILED, Case
-from bench.report import Report, Target
+from bench.harness import BACKWARD, BOTH, DIRECTIONS, EVALUATION, FORWARD, MemoryRow, TimeRow
+from bench.providers import (
+    ADD_RELU,
+    BATCHNORM,
+    BATCHNORM_ADD_RELU,
+    BATCHNORM_RELU,
+    OURS,
+    OURS_ADD_RELU,
+    OURS_RELU,
+    PROVIDERS,
+    REFERENCE,
+    REFERENCE_COMPILED,
+    Case,
+)
+from bench.report import Target
 from cbn_ext import reference
 
-ENVIRONMENT = Environment("Some CPU (R) 9 @ 2.0GHz", "AVX2", 2, "2.11.0", "0.1.0", "2026-01-31")
+ENVIRONMENT = cpu.Environment("Some CPU (R) 9 @ 2.0GHz", "AVX2", 2, "2.11.0", "0.1.0", "2026-01-31")
 
 
 def time_row(**changes) -> TimeRow:
@@ -44,10 +57,13 @@ def test_summary_of_nothing_is_an_error():
         harness.summarize([])
 
 
-@pytest.mark.parametrize(("direction", "expected"), [(FORWARD, 2.0), (BACKWARD, 3.0), (BOTH, 5.0)])
-def test_gigabytes_per_second_counts_reads_and_writes_of_whole_tensors(direction, expected):
+@pytest.mark.parametrize(
+    ("direction", "plain", "residual"), [(FORWARD, 2, 3), (BACKWARD, 3, 4), (BOTH, 5, 7), (EVALUATION, 2, 3)]
+)
+def test_gigabytes_per_second_counts_reads_and_writes_of_whole_tensors(direction, plain, residual):
     # 1 MB a millisecond is 1 GB/s.
-    assert harness.gigabytes_per_second(direction, tensor_bytes=10**6, microseconds=1000.0) == pytest.approx(expected)
+    assert harness.gigabytes_per_second(direction, 10**6, 1000.0) == pytest.approx(plain)
+    assert harness.gigabytes_per_second(direction, 10**6, 1000.0, residual=True) == pytest.approx(residual)
 
 
 def test_wall_clock_adds_up_and_runs_the_directions_in_order():
@@ -230,66 +246,94 @@ def test_unknown_data_and_provider_are_named():
         providers.set_up(BATCHNORM, providers.make_problem(SMALL))
 
 
-@pytest.mark.parametrize(("provider", "components"), [(BATCHNORM_COMPILED, 1), (REFERENCE_COMPILED, 4)])
-def test_compiled_providers_are_compiled(provider, components):
+@pytest.mark.parametrize("provider", [name for name, provider in PROVIDERS.items() if provider.compiled])
+def test_compiled_providers_are_compiled(provider):
+    components = 4 if provider == REFERENCE_COMPILED else 1
     problem = providers.make_problem(replace(SMALL, components=components))
     assert isinstance(providers.set_up(provider, problem).layer, torch._dynamo.OptimizedModule)
 
 
 @pytest.mark.parametrize("data", ["mixed", "saturated", "constant"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(("provider", "components"), [(OURS, 4), (OURS, 1), (BATCHNORM, 1), (REFERENCE, 4)])
+@pytest.mark.parametrize(
+    ("provider", "components"),
+    [
+        (OURS, 4),
+        (OURS, 1),
+        (OURS_RELU, 4),
+        (OURS_ADD_RELU, 4),
+        (BATCHNORM, 1),
+        (BATCHNORM_RELU, 1),
+        (BATCHNORM_ADD_RELU, 1),
+        (REFERENCE, 4),
+    ],
+)
 def test_every_provider_passes_the_check_and_keeps_its_running_statistics(provider, components, layout, data):
     problem = providers.make_problem(replace(SMALL, components=components, layout=layout, data=data))
     workload = providers.set_up(provider, problem)
-    providers.check(provider, workload, providers.expected_results(problem))
+    operation = workload.provider.operation
+    providers.check(provider, problem.case, [workload.evaluate()], [providers.expected_evaluation(problem, operation)])
+    assert workload.layer.training
+    actual = providers.results(workload)
+    expected = providers.expected_results(problem, operation, actual[0])
+    assert len(actual) == len(expected) == (5 if operation == ADD_RELU else 4)
+    providers.check(provider, problem.case, actual, expected)
     kept = workload.layer.running_mean.reshape(components, -1)
     torch.testing.assert_close(kept, problem.state["running_mean"], rtol=1e-4, atol=1e-4)
 
 
 def test_expected_results_do_not_depend_on_the_blocks():
     problem = providers.make_problem(SMALL)
-    whole, blocks = (providers.expected_results(problem, block_elements=n) for n in (10**6, 200))
-    for one, other in zip(whole, blocks, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    output = torch.randn_like(problem.x)
+    for operation in providers.OPERATIONS:
+        whole, blocks = (providers.expected_results(problem, operation, output, n) for n in (10**6, 200))
+        for one, other in zip(whole, blocks, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-@dataclass(frozen=True)
-class Scaled:
-    """A workload whose output or input gradient is off by a factor."""
+def test_results_of_some_channels_are_those_of_all():
+    problem, channels = providers.make_problem(SMALL), torch.tensor([0, 3, 5])
+    whole, some = providers.expected_results(problem), providers.expected_results(providers.part_of(problem, channels))
+    for one, other in zip(whole, some, strict=True):
+        torch.testing.assert_close(one[:, channels], other, rtol=1e-12, atol=1e-12)
 
-    right: providers.LayerWorkload
-    output: float = 1.0
-    grad: float = 1.0
 
-    @property
-    def problem(self):
-        return self.right.problem
+def test_the_path_is_chosen_for_forward_and_backward_alone(monkeypatch):
+    seen = []
 
-    def forward(self):
-        return self.right.forward() * self.output
+    class Watcher(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(os.environ.get("CBN_CUDA_CLUSTER"))
+            return x.clone()
 
-    def backward(self, output):
-        grad_x, *others = self.right.backward(output)
-        return grad_x * self.grad, *others
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(os.environ.get("CBN_CUDA_CLUSTER"))
+            return grad
+
+    monkeypatch.delenv("CBN_CUDA_CLUSTER", raising=False)
+    workload = providers.set_up(providers.STREAMING, providers.make_problem(SMALL))
+    monkeypatch.setattr(workload.layer, "forward", lambda x: Watcher.apply(x) * workload.layer.weight.sum())
+    workload.layer.bias = workload.layer.weight
+    workload.backward(workload.forward())
+    assert seen == ["0", "0"]
+    assert "CBN_CUDA_CLUSTER" not in os.environ
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("output", "grad", "message"),
     [
-        (
-            {"output": 1.001},
-            r"y differs from the float64 reference by 0\.001 of its norm, expected at most 0\.0001",
-        ),
-        ({"grad": 0.98}, r"grad x differs from the float64 reference by 0\.02 of its norm"),
-        ({"output": float("nan")}, r"y differs from the float64 reference by nan"),
+        (1.001, 1.0, r"y differs from the float64 reference by 0\.001 of its norm, expected at most 0\.0001"),
+        (1.0, 0.98, r"grad x differs from the float64 reference by 0\.02 of its norm"),
+        (float("nan"), 1.0, r"y differs from the float64 reference by nan"),
     ],
 )
-def test_wrong_results_are_named_with_their_error(wrong, message):
+def test_wrong_results_are_named_with_their_error(output, grad, message):
     problem = providers.make_problem(SMALL)
-    workload = Scaled(providers.set_up(REFERENCE, problem), **wrong)
+    y, grad_x, *others = expected = providers.expected_results(problem)
     with pytest.raises(providers.WrongResultError, match="mine, shape 4x6x5x5.*" + message):
-        providers.check("mine", workload, providers.expected_results(problem))
+        providers.check("mine", problem.case, [y * output, grad_x * grad, *others], expected)
 
 
 def test_nothing_is_timed_after_a_wrong_result(monkeypatch):
@@ -369,24 +413,32 @@ def test_a_target_is_met_at_its_limit(value, relation, met):
 
 
 def test_report_writes_files_named_after_the_machine(tmp_path):
+    members = ((OURS, 4), (BATCHNORM, 1), (OURS, 1), (REFERENCE, 4), (REFERENCE_COMPILED, 4))
     times = [
         time_row(provider=provider, M=m, layout=layout, direction=direction)
         for layout in ("contiguous", "channels_last")
-        for provider, m in ((OURS, 4), (BATCHNORM, 1))
+        for provider, m in members
         for direction in DIRECTIONS
     ]
-    memory = [memory_row(), memory_row(provider=BATCHNORM, M=1, resident=2048)]
-    report = Report("cpu", ENVIRONMENT, 0.1, times, memory, [Target("speed", 3.14159, "≤", 3.0)])
-    report.write(tmp_path / "results")
+    memory = [memory_row(resident=None), memory_row(provider=BATCHNORM, M=1)]
+    cpu.report(ENVIRONMENT, 0.7, times, memory).write(tmp_path / "results")
     name = "cpu-some-cpu-r-9-2-0ghz"
     written = {path.name: path for path in (tmp_path / "results").iterdir()}
     assert set(written) == {name + ending for ending in (".csv", "-memory.csv", ".md", ".png")}
     summary = written[name + ".md"].read_text()
-    assert "| speed | 3.14 | ≤ 3 | missed |" in summary
+    assert "Some CPU (R) 9 @ 2.0GHz, AVX2, 2 threads; torch 2.11.0, cbn_ext 0.1.0; 2026-01-31; load" in summary
+    assert "- The load average before the run was 0.7: other processes disturb these times." in summary
+    assert "| time, reference / cbn_ext, M=4 | 1.00 | ≥ 15 | missed |" in summary
     cells = ["2x3x4x4 float32 channels_last", BATCHNORM, "1", *["20 (18-25)"] * 3, "1.50", "2.00"]
     assert f"| {' | '.join(cells)} |" in summary
     assert f"]({name}.png)" in summary
     assert written[name + ".png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_target_that_was_not_measured_says_so():
+    target = Target("speed", None, "≤", 3.0)
+    assert target.cells == ["speed", "", "≤ 3", "not measured"]
+    assert not target.met
 
 
 def test_environment_tells_the_machine():

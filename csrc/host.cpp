@@ -1,5 +1,5 @@
-// pybind11 module cbn_ext._host: facts of the build and of the processor, and the scalar maths of mixture.h,
-// for Python.
+// pybind11 module cbn_ext._host: facts of the build and of the processor, the scalar maths of mixture.h and the
+// planning of CUDA launches, for Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/capability.h"
+#include "cuda/launch.h"
 #include "mixture.h"
 
 namespace cbn {
@@ -66,7 +67,7 @@ std::map<std::string, std::string> build_facts() {
 }  // namespace cbn
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Facts of the build and the processor, and the scalar maths of the kernels.";
+  m.doc() = "Facts of the build and the processor, the scalar maths of the kernels, and the planning of launches.";
   m.def(
       "cpu_capability", [] { return cbn::capability_name(cbn::cpu_capability()); },
       "Instruction set of the CPU kernels: baseline, avx2 or avx512.");
@@ -74,4 +75,36 @@ PYBIND11_MODULE(_host, m) {
   m.def("responsibilities", &cbn::point_responsibilities, pybind11::arg("x"), pybind11::arg("prior"),
         pybind11::arg("mean"), pybind11::arg("var"), pybind11::arg("eps"),
         "Posterior [M] of the point x under the mixture with prior, mean and var [M].");
+
+  namespace py = pybind11;
+  py::class_<cbn::Device>(m, "Device",
+                          "What a CUDA device allows: shared_memory in bytes of a block, cluster in blocks.")
+      .def(py::init([](int multiprocessors, int shared_memory, int cluster) {
+             return cbn::Device{multiprocessors, shared_memory, cluster};
+           }),
+           py::arg("multiprocessors"), py::arg("shared_memory"), py::arg("cluster"));
+  py::class_<cbn::Extent>(m, "Extent", "What a pass works on; sizes in bytes, vector in elements of a chunk.")
+      .def(py::init([](int64_t channels, int64_t points, bool channels_last, int element_size, int statistic_size,
+                       int components, int vector, int most_threads, int tensors) {
+             return cbn::Extent{channels,   points, channels_last, element_size, statistic_size,
+                                components, vector, most_threads,  tensors};
+           }),
+           py::arg("channels"), py::arg("points"), py::arg("channels_last"), py::arg("element_size"),
+           py::arg("statistic_size"), py::arg("components"), py::arg("vector"), py::arg("most_threads"),
+           py::arg("tensors"));
+  py::class_<cbn::Plan>(m, "Plan", "Blocks, threads, and what of the channels and points each takes.")
+      .def_readonly("resident", &cbn::Plan::resident)
+      .def_readonly("threads", &cbn::Plan::threads)
+      .def_readonly("lanes", &cbn::Plan::lanes)
+      .def_readonly("channels_of_block", &cbn::Plan::channels_of_block)
+      .def_readonly("channel_blocks", &cbn::Plan::channel_blocks)
+      .def_readonly("splits", &cbn::Plan::splits)
+      .def_readonly("points_of_split", &cbn::Plan::points_of_split)
+      .def_readonly("slots", &cbn::Plan::slots)
+      .def_readonly("shared", &cbn::Plan::shared)
+      .def_property_readonly("blocks", &cbn::Plan::blocks);
+  m.def("plan_reduction", &cbn::plan_reduction, py::arg("extent"), py::arg("device"),
+        "Plan of a pass that reduces and then maps.");
+  m.def("plan_streaming", &cbn::plan_streaming, py::arg("extent"), py::arg("device"),
+        "Plan of a pass that reads values from global memory only.");
 }

@@ -35,10 +35,11 @@ struct Config {
   static constexpr int M = kComponents;
   static constexpr int kWords = sizeof(S) / sizeof(float);
   // In channels_last every element has coefficients of its own, in registers.
-  static constexpr int most_channels() { return M * kWords >= 16 ? 1 : 16 / (M * kWords); }
   static constexpr int least(int a, int b) { return a < b ? a : b; }
-  static constexpr int V =
-      kLast ? least(least(most_channels(), 4), 16 / sizeof(E)) : least(M > 8 ? 2 : 8, 16 / static_cast<int>(sizeof(E)));
+  static constexpr int kMost = kLast              ? least(4, M* kWords >= 16 ? 1 : 16 / (M * kWords))
+                               : M * kWords >= 16 ? 2 / kWords
+                                                  : 8;
+  static constexpr int V = least(kMost, 16 / static_cast<int>(sizeof(E)));
   static constexpr int kChannels = kLast ? V : 1;  // of a thread
   static constexpr int kThreads = kChannels * M * kWords <= 4 ? 512 : 256;
 };

@@ -154,6 +154,18 @@ def test_torchvision_network():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
+def test_hooks_are_kept():
+    """And removed by their handles."""
+    calls = []
+    net = nn.Sequential(nn.BatchNorm2d(5))
+    handle = net[0].register_forward_hook(lambda module, *_: calls.append(type(module)))
+    x = torch.randn(4, 5, 3, 3)
+    convert_compound_batchnorm(net)(x)
+    handle.remove()
+    net(x)
+    assert calls == [CompoundBatchNorm2d]
+
+
 def test_options_reach_the_layers():
     net = convert_compound_batchnorm(
         nn.Sequential(nn.BatchNorm2d(5)),

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "../checks.h"
@@ -24,11 +25,12 @@ constexpr int64_t kMostSplits = 64;
 
 Tasks tasks_for(const Problem& p) {
   static const Capability capability = cpu_capability();
+  const bool fused = p.relu || p.residual;
 #if defined(__x86_64__)
-  if (capability == Capability::kAvx512) return tasks_avx512(p.element, p.components);
-  if (capability == Capability::kAvx2) return tasks_avx2(p.element, p.components);
+  if (capability == Capability::kAvx512) return tasks_avx512(p.element, p.components, fused);
+  if (capability == Capability::kAvx2) return tasks_avx2(p.element, p.components, fused);
 #endif
-  return tasks_baseline(p.element, p.components);
+  return tasks_baseline(p.element, p.components, fused);
 }
 
 // Calls task(i) for i < count on torch's threads.
@@ -284,26 +286,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& x, const Op
   check_forward(x, residual, groups, prior, mean, var, weight, bias);
   const int64_t components = mean.size(0), channels = mean.size(1);
   const std::vector<int64_t> statistics = {3, components, channels};
-  const Tensor running = torch::stable::new_zeros(mean, {statistics.data(), statistics.size()});
-  const auto keep = [&](int64_t row, const Tensor& used) {
-    Tensor copy = torch::stable::select(running, 0, row);
-    torch::stable::copy_(copy, used);
-  };
-  if (prior) keep(0, *prior);
-  keep(1, mean);
-  keep(2, var);
+  const Tensor running = empty(mean, statistics, mean.scalar_type());
+  const size_t bytes =
+      components * channels * (mean.scalar_type() == ScalarType::Double ? sizeof(double) : sizeof(float));
+  char* row = static_cast<char*>(running.mutable_data_ptr());
+  for (const OptionalTensor& used : {prior, OptionalTensor(mean), OptionalTensor(var)}) {
+    if (used)
+      std::memcpy(row, torch::stable::contiguous(*used).const_data_ptr(), bytes);
+    else
+      std::memset(row, 0, bytes);
+    row += bytes;
+  }
 
   Arguments arguments(x, running, groups, weight, bias);
   Problem& p = arguments.problem;
   const Tensor y = torch::stable::empty_like(arguments.x);
   const Tensor batch = empty(mean, training ? statistics : std::vector<int64_t>{0}, mean.scalar_type());
-  const std::vector<int64_t> bytes = {relu && residual ? mask_bytes(x) : 0};
-  const Tensor mask = torch::stable::new_zeros(x, {bytes.data(), bytes.size()}, ScalarType::Byte);
+  const std::vector<int64_t> mask_shape = {relu && residual ? mask_bytes(x) : 0};
+  const Tensor mask = torch::stable::new_zeros(x, {mask_shape.data(), mask_shape.size()}, ScalarType::Byte);
   std::optional<Tensor> added;
   if (residual) added = laid_out(*residual, p.channels_last);
   p.out = y.mutable_data_ptr();
   p.residual = data(added);
-  p.mask = relu && residual ? mask.mutable_data_ptr<uint8_t>() : nullptr;
+  p.mask = relu && residual ? static_cast<uint32_t*>(mask.mutable_data_ptr()) : nullptr;
   p.relu = relu;
   arguments.set_batch(batch.mutable_data_ptr());
   p.eps = eps;
@@ -330,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad, cons
   const Tensor grad_bias = torch::stable::empty_like(grad_weight);
   p.grad = g.const_data_ptr();
   p.out = grad_x.mutable_data_ptr();
-  p.mask = bits ? bits->mutable_data_ptr<uint8_t>() : nullptr;
+  p.mask = bits ? static_cast<uint32_t*>(bits->mutable_data_ptr()) : nullptr;
   p.grad_residual = mask ? grad_residual.mutable_data_ptr() : nullptr;
   p.relu = relu;
   arguments.set_batch(used_batch.mutable_data_ptr());

@@ -227,24 +227,22 @@ CBN_INLINE void with_bounded(bool bounded, F loop) {
 }
 
 // The gradient that the ReLU lets pass: by the mask, or, where there was no residual, by the sign of the output again.
-template <bool kBounded, class E, int M>
+template <bool kFused, class E, int M>
 CBN_INLINE Vec<typename E::Scalar> passed_gradient(const Block<E>& block, const BlockCoefficients<E, M>& coefficients,
-                                                   Vec<typename E::Scalar> z, int64_t offset, int64_t count) {
+                                                   const Vec<typename E::Scalar> (&p)[M], Vec<typename E::Scalar> z,
+                                                   int64_t offset, int64_t count) {
   using V = Vec<typename E::Scalar>;
-  const Problem& p = block.problem;
   const V g = load<E>(block.grad() + offset, count);
-  if (!p.relu) return g;
-  if (p.mask) return Math<V>::where_set(get_bits(p.mask, offset, count), g);
-  return cbn::normalise<kBounded>(coefficients.odds, coefficients.branches, z) <= 0 ? V{} : g;
+  if (!kFused) return g;
+  if (block.problem.mask) return Math<V>::where_set(get_bits(block.problem.mask, offset, count), g);
+  return combine(coefficients.branches, p, z) <= 0 ? V{} : g;
 }
 
-// Sums add(bounded, block, coefficients, current, p, z, offset, count) over all vectors of a block's images [begin,
-// end).
-template <class E, template <class, int> class Sums, int M, class Add>
-void reduce(const Problem& problem, int64_t index, int64_t begin, int64_t end, Pass pass, double* sums, Add add) {
+// Sums add(current, p, z, offset, count) over all vectors of a block's images [begin, end).
+template <template <class, int> class Sums, class E, int M, class Add>
+CBN_INLINE void reduce(const Block<E>& block, const BlockCoefficients<E, M>& coefficients, int64_t begin, int64_t end,
+                       double* sums, Add add) {
   using V = Vec<typename E::Scalar>;
-  const Block<E> block(problem, index);
-  const BlockCoefficients<E, M> coefficients(block, pass);
   LongSums<E, Sums, M> totals;
   with_bounded(coefficients.bounded, [&](auto bounded) {
     Sums<V, M> current{};
@@ -253,7 +251,7 @@ void reduce(const Problem& problem, int64_t index, int64_t begin, int64_t end, P
       const V z = load<E>(block.x() + offset, count) - coefficients.origin;
       V p[M];
       responsibilities<bounded.value>(coefficients.odds, z, p);
-      add(bounded, block, coefficients, current, p, z, offset, count);
+      add(current, p, z, offset, count);
       if (++vectors == kVectorsPerFlush) {
         totals.add(current);
         current = {};
@@ -268,51 +266,55 @@ void reduce(const Problem& problem, int64_t index, int64_t begin, int64_t end, P
 template <class E, int M>
 void moments(const Problem& problem, int64_t index, int64_t begin, int64_t end, double* sums) {
   using V = Vec<typename E::Scalar>;
-  reduce<E, Moments, M>(problem, index, begin, end, Pass::kMoments, sums,
-                        [](auto, const auto&, const auto&, Moments<V, M>& current, V(&p)[M], V z, int64_t,
-                           int64_t count) __attribute__((always_inline)) {
-                          if (count < Block<E>::kLanes) {
-                            const V mask = lanes_below<typename E::Scalar>(count);
-                            CBN_UNROLL
-                            for (int m = 0; m < M; ++m) p[m] = p[m] * mask;
-                          }
-                          accumulate(current, p, z);
-                        });
+  const Block<E> block(problem, index);
+  const BlockCoefficients<E, M> coefficients(block, Pass::kMoments);
+  reduce<Moments>(block, coefficients, begin, end, sums,
+                  [](Moments<V, M>& current, V(&p)[M], V z, int64_t, int64_t count) __attribute__((always_inline)) {
+                    if (count < Block<E>::kLanes) {
+                      const V mask = lanes_below<typename E::Scalar>(count);
+                      CBN_UNROLL
+                      for (int m = 0; m < M; ++m) p[m] = p[m] * mask;
+                    }
+                    accumulate(current, p, z);
+                  });
 }
 
-template <class E, int M>
+template <class E, int M, bool kFused>
 void gradient_sums(const Problem& problem, int64_t index, int64_t begin, int64_t end, double* sums) {
   using V = Vec<typename E::Scalar>;
-  reduce<E, GradientSums, M>(
-      problem, index, begin, end, Pass::kGradientSums, sums,
-      [](auto bounded, const Block<E>& block, const BlockCoefficients<E, M>& coefficients, GradientSums<V, M>& current,
-         V(&p)[M], V z, int64_t offset, int64_t count) __attribute__((always_inline)) {
+  const Block<E> block(problem, index);
+  const BlockCoefficients<E, M> coefficients(block, Pass::kGradientSums);
+  reduce<GradientSums>(
+      block, coefficients, begin, end, sums,
+      [&](GradientSums<V, M>& current, V(&p)[M], V z, int64_t offset, int64_t count) __attribute__((always_inline)) {
         // The gradient is 0 beyond `count`, and so is what is added there.
-        accumulate(current, p, z, passed_gradient<bounded.value>(block, coefficients, z, offset, count));
+        accumulate(current, p, z, passed_gradient<kFused>(block, coefficients, p, z, offset, count));
       });
 }
 
-template <class E, int M>
+template <class E, int M, bool kFused>
 void normalise(const Problem& problem, int64_t index, int64_t begin, int64_t end) {
   using V = Vec<typename E::Scalar>;
   const Block<E> block(problem, index);
   const BlockCoefficients<E, M> coefficients(block, Pass::kNormalise);
   const auto* residual = static_cast<const typename E::Memory*>(problem.residual);
-  uint8_t* const mask = problem.mask;
+  uint32_t* const mask = problem.mask;
   const bool relu = problem.relu;
   with_bounded(coefficients.bounded, [&](auto bounded) {
     block.for_each_vector(begin, end, [&](int64_t offset, int64_t count) __attribute__((always_inline)) {
       const V z = load<E>(block.x() + offset, count) - coefficients.origin;
       V y = cbn::normalise<bounded.value>(coefficients.odds, coefficients.branches, z);
-      if (residual) y = y + load<E>(residual + offset, count);
-      if (mask) set_bits(mask, offset, count, Math<V>::above_zero(y) & ((1u << count) - 1));
-      if (relu) y = Math<V>::max(y, V{});
+      if constexpr (kFused) {
+        if (residual) y = y + load<E>(residual + offset, count);
+        if (mask) set_bits<Block<E>::kLanes>(mask, offset, count, Math<V>::above_zero(y));
+        if (relu) y = Math<V>::max(y, V{});
+      }
       store<E>(block.out() + offset, count, y);
     });
   });
 }
 
-template <class E, int M>
+template <class E, int M, bool kFused>
 void input_gradient(const Problem& problem, int64_t index, int64_t begin, int64_t end) {
   using V = Vec<typename E::Scalar>;
   const Block<E> block(problem, index);
@@ -322,41 +324,48 @@ void input_gradient(const Problem& problem, int64_t index, int64_t begin, int64_
   with_bounded(coefficients.bounded, [&](auto bounded) {
     block.for_each_vector(begin, end, [&](int64_t offset, int64_t count) __attribute__((always_inline)) {
       const V z = load<E>(block.x() + offset, count) - coefficients.origin;
-      const V g = passed_gradient<bounded.value>(block, coefficients, z, offset, count);
-      if (grad_residual) store<E>(grad_residual + offset, count, g);
       V p[M];
       responsibilities<bounded.value>(coefficients.odds, z, p);
+      const V g = passed_gradient<kFused>(block, coefficients, p, z, offset, count);
+      if (kFused && grad_residual) store<E>(grad_residual + offset, count, g);
       store<E>(block.out() + offset, count,
                cbn::input_gradient<bounded.value>(coefficients.odds, coefficients.gradient, p, z, g, detach));
     });
   });
 }
 
-template <class E, int M>
+template <class E, int M, bool kFused>
 Tasks make_tasks() {
-  return {Block<E>::kLanes, moments<E, M>, normalise<E, M>, gradient_sums<E, M>, input_gradient<E, M>};
+  return {Block<E>::kLanes, moments<E, M>, normalise<E, M, kFused>, gradient_sums<E, M, kFused>,
+          input_gradient<E, M, kFused>};
 }
 
 // M is compiled for these; the components in between are padded by ones without responsibility.
-template <class E>
+template <class E, bool kFused>
 Tasks tasks_of(int components) {
-  if (components == 1) return make_tasks<E, 1>();
-  if (components == 2) return make_tasks<E, 2>();
-  if (components <= 4) return make_tasks<E, 4>();
-  if (components <= 8) return make_tasks<E, 8>();
-  return make_tasks<E, kMaxComponents>();
+  if (components == 1) return make_tasks<E, 1, kFused>();
+  if (components == 2) return make_tasks<E, 2, kFused>();
+  if (components <= 4) return make_tasks<E, 4, kFused>();
+  if (components <= 8) return make_tasks<E, 8, kFused>();
+  return make_tasks<E, kMaxComponents, kFused>();
 }
 
-inline Tasks tasks(Element element, int components) {
+// The plain kernels pay nothing for what the fused ones ask at every vector.
+template <class E>
+Tasks tasks_of(int components, bool fused) {
+  return fused ? tasks_of<E, true>(components) : tasks_of<E, false>(components);
+}
+
+inline Tasks tasks(Element element, int components, bool fused) {
   switch (element) {
     case Element::kFloat:
-      return tasks_of<Float>(components);
+      return tasks_of<Float>(components, fused);
     case Element::kDouble:
-      return tasks_of<Double>(components);
+      return tasks_of<Double>(components, fused);
     case Element::kHalf:
-      return tasks_of<Half>(components);
+      return tasks_of<Half>(components, fused);
     default:
-      return tasks_of<BFloat16>(components);
+      return tasks_of<BFloat16>(components, fused);
   }
 }
 

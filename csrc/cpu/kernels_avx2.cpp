@@ -15,7 +15,7 @@
 #define CBN_VECTOR_BYTES 32
 #include "kernels.h"
 
-cbn::Tasks cbn::tasks_avx2(Element element, int components) { return tasks(element, components); }
+cbn::Tasks cbn::tasks_avx2(Element element, int components, bool fused) { return tasks(element, components, fused); }
 
 #if defined(__clang__)
 #pragma clang attribute pop

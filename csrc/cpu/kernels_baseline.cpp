@@ -2,4 +2,6 @@
 #define CBN_VECTOR_BYTES 16
 #include "kernels.h"
 
-cbn::Tasks cbn::tasks_baseline(Element element, int components) { return tasks(element, components); }
+cbn::Tasks cbn::tasks_baseline(Element element, int components, bool fused) {
+  return tasks(element, components, fused);
+}

@@ -24,7 +24,7 @@ struct Problem {
   bool relu;
   const void* residual;  // like x, or null for 0
   void* grad_residual;   // like x, where there is a mask
-  uint8_t* mask;         // bit i, where not null: gradients pass the ReLU at x[i] in memory; starts as zeros
+  uint32_t* mask;        // bit i, where not null: gradients pass the ReLU at x[i] in memory; starts as zeros
 
   int components;      // M
   const void* prior;   // [M, C], null for M = 1
@@ -56,8 +56,9 @@ struct Tasks {
   MapTask input_gradient;
 };
 
-Tasks tasks_baseline(Element element, int components);
-Tasks tasks_avx2(Element element, int components);
-Tasks tasks_avx512(Element element, int components);
+// `fused`: with a residual or a ReLU.
+Tasks tasks_baseline(Element element, int components, bool fused);
+Tasks tasks_avx2(Element element, int components, bool fused);
+Tasks tasks_avx512(Element element, int components, bool fused);
 
 }  // namespace cbn

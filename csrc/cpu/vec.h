@@ -255,22 +255,25 @@ CBN_INLINE void store(typename E::Memory* y, int64_t count, Vec<typename E::Scal
   }
 }
 
-// Bits [offset, offset + count) of a mask that started as zeros, count <= 16. The bytes at the ends may be other
-// threads', too.
-CBN_INLINE void set_bits(uint8_t* mask, int64_t offset, int64_t count, uint32_t bits) {
-  uint8_t* byte = mask + offset / 8;
-  if (offset % 8 == 0 && count % 8 == 0) {
-    for (int64_t k = 0; k < count / 8; ++k) byte[k] = static_cast<uint8_t>(bits >> 8 * k);
+// A vector's bits, `count` of them, from bit `offset` of a mask that started as zeros. Whole bytes are stored; else a
+// word's other bits may be another thread's.
+template <int kLanes>
+CBN_INLINE void set_bits(uint32_t* mask, int64_t offset, int64_t count, uint32_t bits) {
+  if (kLanes % 8 == 0 && offset % 8 == 0 && count == kLanes) {
+    std::memcpy(reinterpret_cast<char*>(mask) + offset / 8, &bits, kLanes / 8);  // the low bytes come first
     return;
   }
-  for (bits <<= offset % 8; bits != 0; bits >>= 8) __atomic_fetch_or(byte++, bits & 0xff, __ATOMIC_RELAXED);
+  const uint64_t shifted = static_cast<uint64_t>(bits & ((1u << count) - 1)) << offset % 32;
+  const uint32_t low = static_cast<uint32_t>(shifted), high = static_cast<uint32_t>(shifted >> 32);
+  if (low) __atomic_fetch_or(mask + offset / 32, low, __ATOMIC_RELAXED);
+  if (high) __atomic_fetch_or(mask + offset / 32 + 1, high, __ATOMIC_RELAXED);
 }
 
-CBN_INLINE uint32_t get_bits(const uint8_t* mask, int64_t offset, int64_t count) {
-  const int64_t shift = offset % 8;
-  uint32_t bits = 0;
-  for (int64_t k = 0; 8 * k < shift + count; ++k) bits |= static_cast<uint32_t>(mask[offset / 8 + k]) << 8 * k;
-  return bits >> shift;
+CBN_INLINE uint32_t get_bits(const uint32_t* mask, int64_t offset, int64_t count) {
+  const int64_t shift = offset % 32;
+  uint64_t bits = mask[offset / 32];
+  if (shift + count > 32) bits |= static_cast<uint64_t>(mask[offset / 32 + 1]) << 32;
+  return static_cast<uint32_t>(bits >> shift);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""`python -m bench [cpu | cuda]`: measure, print the tables, write them to bench/results/.
+"""`python -m bench [cpu | cuda | sass]`: measure, print the tables, write them to bench/results/.
 
 Without a name: what this machine has, the CPU and, where there is one, the GPU.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import cpu, cuda_report
+from bench import cpu, cuda_report, sass
 from bench.providers import WrongResultError
 
 RESULTS = Path(__file__).parent / "results"
@@ -19,10 +19,15 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     """Run the parts asked for; ends with an error where a result of ours was wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    parser.add_argument("part", nargs="?", choices=("cpu", "cuda"), help="default: cpu, and cuda if there is one")
+    parts = ("cpu", "cuda", "sass")
+    parser.add_argument("part", nargs="?", choices=parts, help="default: cpu, and cuda if it is there")
     parser.add_argument("--seconds", type=float, default=280, help="time for cuda; what is left out is reported")
+    parser.add_argument("--library", type=Path, help="what sass reads; default: the CUDA library of cbn_ext")
     arguments = parser.parse_args()
     console = Console()
+    if arguments.part == "sass":
+        sass.run(console, arguments.library, RESULTS)
+        return
     cuda_too = arguments.part is None and torch.cuda.is_available()
     if arguments.part in (None, "cpu"):
         try:

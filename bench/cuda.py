@@ -124,8 +124,9 @@ def run(
         try:
             with cbn_ext.use_backend("native"):
                 measure(comparison, timer, copy_gb_per_s, found)
-        except DeviceLostError:
-            found.left_out += [f"{label(c.case)}: all, since the device failed" for c in plan[number:]]
+        except (DeviceLostError, KeyboardInterrupt) as error:
+            why = "interrupted" if isinstance(error, KeyboardInterrupt) else "the device failed"
+            found.left_out += [f"{label(c.case)}: all, {why}" for c in plan[number:]]
             break
         finally:
             found.seconds = clock() - start

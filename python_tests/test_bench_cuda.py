@@ -242,19 +242,22 @@ def test_slow_machines_lower_what_is_still_tried(monkeypatch):
     assert found.seconds == 24.0
 
 
-def test_a_lost_device_leaves_what_was_measured(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "why"), [(DeviceLostError("gone"), "the device failed"), (KeyboardInterrupt(), "interrupted")]
+)
+def test_what_was_measured_before_the_end_is_kept(monkeypatch, error, why):
     clock = Clock(eager=1.0, compiled=1.0)
 
     def measure_two(*arguments):
         if len(clock.measured) == 2:
-            raise DeviceLostError("gone")
+            raise error
         clock.measure(*arguments)
 
     monkeypatch.setattr(cuda, "measure", measure_two)
     saved = []
     found = cuda.run(None, COPY, PLAN, 100.0, lambda line: None, lambda found: saved.append(len(found.times)), clock)
     assert saved == [1, 2, 2]
-    assert found.left_out[0] == "4x1x1x1 float32 contiguous: all, since the device failed"
+    assert found.left_out[0] == f"4x1x1x1 float32 contiguous: all, {why}"
     assert len(found.left_out) == 8
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 import torch
 
@@ -28,11 +29,14 @@ from bench.providers import (
 )
 
 LAYOUTS = ("contiguous", "channels_last")
-CIFAR_SHAPES = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8))
-_RESNET50 = ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CIFAR_SHAPES = ((128, 32, 16, 16), (128, 16, 32, 32), (128, 64, 8, 8))
+_RESNET50 = ((256, 56), (1024, 14), (64, 112), (512, 28), (64, 56), (2048, 7))
 RESNET50_SHAPES, LARGE_SHAPES = (tuple((n, c, size, size) for c, size in _RESNET50) for n in (64, 256))
+#: In the order in which they are measured.
+SHAPES = tuple(s for pair in zip_longest(RESNET50_SHAPES, CIFAR_SHAPES) for s in pair if s is not None)
 #: The eager reference takes dozens of times the others' time and memory: it is measured here only.
-REFERENCE_SHAPES = (CIFAR_SHAPES[1], RESNET50_SHAPES[2], RESNET50_SHAPES[5])
+REFERENCE_SHAPES = SHAPES[:3]
 
 _MAIN = (
     (OURS, 4),
@@ -53,28 +57,35 @@ _COMPILED = (
 
 
 def comparisons() -> list[Comparison]:
-    """All that is to be compared, the most important first: the last ones are left out when time runs short."""
-    small = CIFAR_SHAPES + RESNET50_SHAPES
+    """All that is to be compared, the most important first: the last ones are left out when time runs short.
 
-    def some(
-        shapes: Sequence[tuple[int, ...]], layout: str, dtype: torch.dtype, members: tuple, data: str = "mixed"
-    ) -> list[Comparison]:
-        return [Comparison(Case(s, layout=layout, dtype=dtype, data=data, device="cuda"), members) for s in shapes]
-
+    Every dtype and layout of a shape comes before the next shape, so that means are over the same shapes in each.
+    """
     plan = []
-    for layout in LAYOUTS:
-        for dtype in (torch.float32, torch.bfloat16):
-            components = _COMPONENTS if layout == "contiguous" else ()
-            for comparison in some(small, layout, dtype, _MAIN + _PATHS + components + _COMPILED):
-                wanted = layout == "contiguous" and comparison.case.shape in REFERENCE_SHAPES
-                plan.append(replace(comparison, members=comparison.members + ((REFERENCE, 4),) * wanted))
-        plan += some(small, layout, torch.float16, _MAIN + _COMPILED)
-    for data in ("saturated", "constant"):
-        plan += some(RESNET50_SHAPES[2:3], "contiguous", torch.float32, _MAIN[:2], data)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for shape in SHAPES:
         for layout in LAYOUTS:
-            plan += some(LARGE_SHAPES, layout, dtype, _MAIN)
+            for dtype in _DTYPES:
+                members = _MAIN
+                if dtype != torch.float16:
+                    members += _PATHS
+                    if layout == "contiguous":
+                        members += _COMPONENTS
+                        if shape in REFERENCE_SHAPES:
+                            members += ((REFERENCE, 4),)
+                plan.append(_comparison(shape, layout, dtype, members + _COMPILED))
+    for data in ("saturated", "constant"):
+        plan.append(_comparison(SHAPES[0], "contiguous", torch.float32, _MAIN[:2], data))
+    for shape in LARGE_SHAPES:
+        for layout in LAYOUTS:
+            for dtype in _DTYPES:
+                plan.append(_comparison(shape, layout, dtype, _MAIN))
     return plan
+
+
+def _comparison(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, members: tuple, data: str = "mixed"
+) -> Comparison:
+    return Comparison(Case(shape, layout=layout, dtype=dtype, data=data, device="cuda"), members)
 
 
 class _Mean:

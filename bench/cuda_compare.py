@@ -207,7 +207,7 @@ class _Check:
             expected = self._kept[case.components]
         else:
             expected = expected_results(part, operation, actual[0], block_elements=_CHECKED_ELEMENTS)
-        check(name, case, actual, expected)
+        check(name, case, actual, expected, operation)
 
 
 def _memory(name: str, workload: LayerWorkload, timer: Timer) -> MemoryRow:

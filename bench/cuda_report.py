@@ -49,7 +49,7 @@ def run(console: Console, seconds: float, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     found = cuda.run(timer, environment.copy_gb_per_s, cuda.comparisons(), seconds, console.print, save)
     report = make_report(environment, found)
-    report.show(console)
+    report.show(console, count=2)  # the others are too wide for a terminal
     for path in report.write(folder):
         console.print(f"wrote {path}")
     return int(any(failure.ours for failure in found.failures))
@@ -82,7 +82,7 @@ def make_report(e: Environment, found: Measured) -> Report:
             path_table(found.times),
             component_table(found.times),
             memory_table(found.memory),
-            kernel_table(found.times, [shape_label(s) for s in (cuda.CIFAR_SHAPES[1], cuda.RESNET50_SHAPES[2])]),
+            kernel_table(found.times, [shape_label(shape) for shape in cuda.SHAPES[:2]]),
         ],
         figures={f"-{dtype}": plot(rows, f"{dtype}, {e.device}") for dtype, rows in by_dtype.items() if rows},
         text=_HOW,
@@ -103,9 +103,10 @@ _HOW = """## How this was measured
 - Before it was timed, every provider's output, gradients and evaluation output were compared with the float64
   reference, in channels of 8 million elements together, the first and the last among them. With a ReLU the gradient
   is expected to pass where the provider's own output is positive.
-- *evaluation forward* is not measured for compiled providers, the eager reference only at three shapes, M = 1, 2, 8
-  only in contiguous float32 and bfloat16 at CIFAR's shapes and at batch 64, *streaming* (no clusters, every value read
-  twice) and *one block* (on chip, without clusters) only in float32 and bfloat16 at these shapes.
+- At batch 256 only ours and the eager nn.BatchNorm2d are measured. At the other shapes, in float32 and bfloat16, also
+  *streaming* (every value read twice) and *one block* (on chip where a block's shared memory suffices, without
+  clusters), and in contiguous tensors M = 1, 2 and 8; the eager reference at three of these shapes. *evaluation
+  forward* is not measured for compiled providers.
 - GB/s counts, for every provider, one read and one write of a tensor of the input's size forward, two reads and one
   write backward; with a residual one read more forward and one write more backward. Signs kept for a ReLU are not
   counted. A pass counts what it reads and writes itself. The copy's bandwidth was measured at the start of the run.
@@ -114,4 +115,5 @@ _HOW = """## How this was measured
 - Kernel times and names are the profiler's, over one replay of the cold graphs.
 - *mixed* data, where nothing is said: the components share the responsibility for every value; *saturated*:
   each value belongs to one component; *constant*: every other channel is constant.
-- Memory is the caching allocator's peak over a step, less the input's gradient and the output."""
+- Memory is the peak over a step of what was requested from the caching allocator, less output and gradient of the
+  input (and of the residual)."""

@@ -103,11 +103,11 @@ class Timer:
         torch.cuda.empty_cache()
 
     def peak_memory(self, step: Callable[[], Sequence[Tensor]]) -> int:
-        """Peak bytes that `step` allocates beyond the tensors it returns; the caching allocator's blocks count."""
-        before = torch.cuda.memory_allocated()
+        """Peak bytes that `step` requests from the caching allocator beyond the tensors it returns."""
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         torch.cuda.reset_peak_memory_stats()
         returned = step()
-        peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
         storages = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in returned}
         return peak - before - sum(storages.values())
 

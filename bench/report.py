@@ -119,9 +119,9 @@ class Report:
         """The start of file names."""
         return report_name(self.kind, self.environment.device)
 
-    def show(self, console: Console) -> None:
-        """Print the tables, the first one, the targets, last."""
-        first, *others = self.tables
+    def show(self, console: Console, count: int | None = None) -> None:
+        """Print the first `count` tables, or all of them; the very first one, the targets, last."""
+        first, *others = self.tables[:count]
         for table in (*others, first):
             console.print(table.rich())
         for warning in self.warnings:

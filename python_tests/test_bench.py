@@ -22,6 +22,7 @@ from bench.providers import (
     PROVIDERS,
     REFERENCE,
     REFERENCE_COMPILED,
+    RELU,
     Case,
 )
 from bench.report import Target
@@ -277,7 +278,7 @@ def test_every_provider_passes_the_check_and_keeps_its_running_statistics(provid
     actual = providers.results(workload)
     expected = providers.expected_results(problem, operation, actual[0])
     assert len(actual) == len(expected) == (5 if operation == ADD_RELU else 4)
-    providers.check(provider, problem.case, actual, expected)
+    providers.check(provider, problem.case, actual, expected, operation)
     kept = workload.layer.running_mean.reshape(components, -1)
     torch.testing.assert_close(kept, problem.state["running_mean"], rtol=1e-4, atol=1e-4)
 
@@ -334,6 +335,19 @@ def test_wrong_results_are_named_with_their_error(output, grad, message):
     y, grad_x, *others = expected = providers.expected_results(problem)
     with pytest.raises(providers.WrongResultError, match="mine, shape 4x6x5x5.*" + message):
         providers.check("mine", problem.case, [y * output, grad_x * grad, *others], expected)
+
+
+def test_gradients_behind_a_relu_may_differ_in_an_element_of_many():
+    problem = providers.make_problem(SMALL)
+    y, grad_x, *others = expected = providers.expected_results(problem)
+    actual = [y, grad_x * 1.004, *others]
+    with pytest.raises(providers.WrongResultError, match="grad x"):
+        providers.check("mine", problem.case, actual, expected)
+    providers.check("mine", problem.case, actual, expected, RELU)
+    with pytest.raises(providers.WrongResultError, match=r"grad x .* by 0\.006 of its norm"):
+        providers.check("mine", problem.case, [y, grad_x * 1.006, *others], expected, RELU)
+    with pytest.raises(providers.WrongResultError, match="y differs"):
+        providers.check("mine", problem.case, [y * 1.004, grad_x, *others], expected, RELU)
 
 
 def test_nothing_is_timed_after_a_wrong_result(monkeypatch):

@@ -1,10 +1,12 @@
 """The CUDA benchmark without a GPU: its plan, budget, rows, targets and tables, with a timer that is told the times."""
 
 import csv
+import io
 from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from bench import cuda, cuda_compare, cuda_report, cuda_tables, providers
 from bench.compare import Comparison
@@ -178,6 +180,8 @@ def test_the_plan_has_every_shape_dtype_and_layout_once():
     assert sorted(c.case.data for c in plan if c.case.data != "mixed") == ["constant", "saturated"]
     assert {name for c in plan for name, _ in c.members} == set(PROVIDERS)
     assert {m for c in plan for name, m in c.members if name == OURS} == {1, 2, 4, 8}
+    # When time runs short, every dtype and layout has been measured at the same shapes.
+    assert len({shape for shape, _, _ in mixed[:6]}) == 1
     for comparison in plan:
         assert {(OURS, 4), (BATCHNORM, 1)} <= set(comparison.members)
         assert comparison.case.device == "cuda"
@@ -414,6 +418,34 @@ def test_report_has_all_tables_failures_and_what_was_left_out(tmp_path):
     with written["cuda-some-gpu-9.csv"].open(newline="") as file:
         row = next(csv.DictReader(file))
     assert (row["l2"], row["driver"], row["copy_gb_per_s"], row["kernels"]) == ("cold", "555.1", "4000.0", "k")
+
+
+@pytest.mark.parametrize(("broken", "status"), [((), 0), ((BATCHNORM_RELU,), 0), ((OURS_RELU,), 1)])
+def test_a_whole_run(monkeypatch, tmp_path, broken, status):
+    members = (*MEMBERS, (OURS_RELU, 4), (BATCHNORM_RELU, 1))
+
+    class Timer(FakeTimer):
+        def __init__(self):
+            super().__init__(TIMES | {OURS_RELU: 11.0, BATCHNORM_RELU: 22.0}, broken=broken)
+
+        def environment(self):
+            return ENVIRONMENT
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("cbn_ext.build_info", lambda: {"cuda_load_error": None})
+    monkeypatch.setattr(cuda_report, "Timer", Timer)
+    monkeypatch.setattr(cuda, "comparisons", lambda: [Comparison(SMALL, members)])
+    output = io.StringIO()
+    assert cuda_report.run(Console(file=output, width=150), 100.0, tmp_path) == status
+    for line in (
+        "   0 s, 1 of 1: 4x6x5x5 float32 contiguous",
+        "forward+backward, cbn_ext / BatchNorm2d, float32",
+        "wrote ",
+        *(f"FAILED: {name}, 4x6x5x5 float32 contiguous: RuntimeError: {name} cannot be captured" for name in broken),
+    ):
+        assert line in output.getvalue()
+    summary = (tmp_path / "cuda-some-gpu-9.md").read_text()
+    assert "| 4x6x5x5 float32 contiguous | 60.0 | 30.0 | 0.50 | 0.50 | 0.50 | 0.50 |" in summary
 
 
 def test_a_report_of_nothing_is_written_too(tmp_path):

@@ -214,14 +214,15 @@ struct Moments {
   T second[M];  // sum p z^2
 };
 
+// p is given as e times `inverse`; 0 there leaves a point out.
 template <class T, int M>
-CBN_INLINE void accumulate(Moments<T, M>& sums, const T (&p)[M], T z) {
+CBN_INLINE void accumulate(Moments<T, M>& sums, const T (&e)[M], T inverse, T z) {
+  const T first = inverse * z, second = first * z;
   CBN_UNROLL
   for (int m = 0; m < M; ++m) {
-    const T pz = p[m] * z;
-    sums.mass[m] = sums.mass[m] + p[m];
-    sums.first[m] = sums.first[m] + pz;
-    sums.second[m] = sums.second[m] + pz * z;
+    sums.mass[m] = sums.mass[m] + e[m] * inverse;
+    sums.first[m] = sums.first[m] + e[m] * first;
+    sums.second[m] = sums.second[m] + e[m] * second;
   }
 }
 
@@ -285,12 +286,12 @@ struct GradientSums {
 };
 
 template <class T, int M>
-CBN_INLINE void accumulate(GradientSums<T, M>& sums, const T (&p)[M], T z, T g) {
+CBN_INLINE void accumulate(GradientSums<T, M>& sums, const T (&e)[M], T inverse, T z, T g) {
+  const T bias = inverse * g, first = bias * z;
   CBN_UNROLL
   for (int m = 0; m < M; ++m) {
-    const T gp = g * p[m];
-    sums.bias[m] = sums.bias[m] + gp;
-    sums.first[m] = sums.first[m] + gp * z;
+    sums.bias[m] = sums.bias[m] + e[m] * bias;
+    sums.first[m] = sums.first[m] + e[m] * first;
   }
 }
 
@@ -335,14 +336,15 @@ CBN_INLINE double variance_gradient(double scale, double grad_weight, double var
 template <bool kBounded, class T, int M>
 CBN_INLINE T input_gradient(const LogOdds<T, M>& odds, const InputGradient<T, M>& in, const T (&p)[M], T z, T g,
                             bool detach_responsibility) {
+  // f = d u + (g beta + constant) and f' = u + quadratic d, with u = g gamma r + linear + quadratic d
   T f[M];
   T direct, mean_f;
   CBN_UNROLL
   for (int m = 0; m < M; ++m) {
     const T d = z - in.centre[m];
-    const T q = in.quadratic[m] * d;
-    const T slope = g * in.scale[m] + (in.linear[m] + (q + q));
-    f[m] = g * (in.scale[m] * d + in.bias[m]) + ((in.linear[m] + q) * d + in.constant[m]);
+    const T u = g * in.scale[m] + in.linear[m] + in.quadratic[m] * d;
+    const T slope = u + in.quadratic[m] * d;
+    f[m] = d * u + (g * in.bias[m] + in.constant[m]);
     direct = m == 0 ? p[0] * slope : direct + p[m] * slope;
     mean_f = m == 0 ? p[0] * f[0] : mean_f + p[m] * f[m];
   }
@@ -350,7 +352,7 @@ CBN_INLINE T input_gradient(const LogOdds<T, M>& odds, const InputGradient<T, M>
   T covariance = Math<T>::splat(0);
   CBN_UNROLL
   for (int m = kBounded ? 1 : 0; m < M; ++m)
-    covariance = covariance + p[m] * (f[m] - mean_f) * (odds.curvature[m] * (z - odds.centre[m]));
+    covariance = covariance + p[m] * (odds.curvature[m] * (z - odds.centre[m])) * (f[m] - mean_f);
   return direct + covariance * Math<T>::splat(2 * kLn2);
 }
 

@@ -1,5 +1,6 @@
 """Launch planning (csrc/cuda/launch.h) by itself: every element is covered once and every limit kept."""
 
+import itertools
 import math
 
 import pytest
@@ -106,7 +107,7 @@ def test_every_limit_is_kept_and_every_element_covered_once(planning, device, ca
         end = min(begin + plan.points_of_split, arguments["points"])
         taken = coverage(begin, end, plan, arguments)
         assert taken[0].start == begin and taken[-1].stop == end
-        assert all(one.stop == other.start for one, other in zip(taken, taken[1:], strict=False))
+        assert all(one.stop == other.start for one, other in itertools.pairwise(taken))
         assert len(taken) <= plan.slots or not plan.resident
 
     # Shared memory holds the chunks after everything else.

@@ -226,7 +226,8 @@ CBN_INLINE void with_bounded(bool bounded, F loop) {
     loop(std::false_type{});
 }
 
-// The gradient that the ReLU lets pass: by the mask, or, where there was no residual, by the sign of the output again.
+// The gradient that the ReLU lets pass: by the mask, or, where there was no residual, by the sign of the output again,
+// for which the responsibilities need not be normalised.
 template <bool kFused, class E, int M>
 CBN_INLINE Vec<typename E::Scalar> passed_gradient(const Block<E>& block, const BlockCoefficients<E, M>& coefficients,
                                                    const Vec<typename E::Scalar> (&p)[M], Vec<typename E::Scalar> z,
@@ -238,7 +239,7 @@ CBN_INLINE Vec<typename E::Scalar> passed_gradient(const Block<E>& block, const 
   return combine(coefficients.branches, p, z) <= 0 ? V{} : g;
 }
 
-// Sums add(current, p, z, offset, count) over all vectors of a block's images [begin, end).
+// Sums add(current, e, inverse, z, offset, count) over all vectors of a block's images [begin, end).
 template <template <class, int> class Sums, class E, int M, class Add>
 CBN_INLINE void reduce(const Block<E>& block, const BlockCoefficients<E, M>& coefficients, int64_t begin, int64_t end,
                        double* sums, Add add) {
@@ -249,9 +250,10 @@ CBN_INLINE void reduce(const Block<E>& block, const BlockCoefficients<E, M>& coe
     int vectors = 0;
     block.for_each_vector(begin, end, [&](int64_t offset, int64_t count) __attribute__((always_inline)) {
       const V z = load<E>(block.x() + offset, count) - coefficients.origin;
-      V p[M];
-      responsibilities<bounded.value>(coefficients.odds, z, p);
-      add(current, p, z, offset, count);
+      V e[M];
+      const V sum = unnormalised_responsibilities<bounded.value>(coefficients.odds, z, e);
+      const V inverse = M == 1 ? sum : Math<V>::reciprocal(sum);
+      add(current, e, inverse, z, offset, count);
       if (++vectors == kVectorsPerFlush) {
         totals.add(current);
         current = {};
@@ -269,14 +271,11 @@ void moments(const Problem& problem, int64_t index, int64_t begin, int64_t end, 
   const Block<E> block(problem, index);
   const BlockCoefficients<E, M> coefficients(block, Pass::kMoments);
   reduce<Moments>(block, coefficients, begin, end, sums,
-                  [](Moments<V, M>& current, V(&p)[M], V z, int64_t, int64_t count) __attribute__((always_inline)) {
-                    if (count < Block<E>::kLanes) {
-                      const V mask = lanes_below<typename E::Scalar>(count);
-                      CBN_UNROLL
-                      for (int m = 0; m < M; ++m) p[m] = p[m] * mask;
-                    }
-                    accumulate(current, p, z);
-                  });
+                  [](Moments<V, M>& current, V(&e)[M], V inverse, V z, int64_t, int64_t count)
+                      __attribute__((always_inline)) {
+                        if (count < Block<E>::kLanes) inverse = inverse * lanes_below<typename E::Scalar>(count);
+                        accumulate(current, e, inverse, z);
+                      });
 }
 
 template <class E, int M, bool kFused>
@@ -284,12 +283,13 @@ void gradient_sums(const Problem& problem, int64_t index, int64_t begin, int64_t
   using V = Vec<typename E::Scalar>;
   const Block<E> block(problem, index);
   const BlockCoefficients<E, M> coefficients(block, Pass::kGradientSums);
-  reduce<GradientSums>(
-      block, coefficients, begin, end, sums,
-      [&](GradientSums<V, M>& current, V(&p)[M], V z, int64_t offset, int64_t count) __attribute__((always_inline)) {
-        // The gradient is 0 beyond `count`, and so is what is added there.
-        accumulate(current, p, z, passed_gradient<kFused>(block, coefficients, p, z, offset, count));
-      });
+  reduce<GradientSums>(block, coefficients, begin, end, sums,
+                       [&](GradientSums<V, M>& current, V(&e)[M], V inverse, V z, int64_t offset, int64_t count)
+                           __attribute__((always_inline)) {
+                             // The gradient is 0 beyond `count`, and so is what is added there.
+                             accumulate(current, e, inverse, z,
+                                        passed_gradient<kFused>(block, coefficients, e, z, offset, count));
+                           });
 }
 
 template <class E, int M, bool kFused>

@@ -25,9 +25,9 @@ struct Slots {
 
 enum class Source { kStream, kFetchAndKeep, kKept };
 
-// Calls visit(walk, x, second) for the thread's chunks, those without elements included: every thread of the
+// Calls visit(walk, x, second, slot) for the thread's chunks, those without elements included: every thread of the
 // block takes part in each. They stream through a ring of slots, or each has a slot of its own, in which it is
-// kept for another pass. A thread reads its own chunks only.
+// kept for another pass. A thread reads its own chunks only, and is done with x's slot when visit is called.
 template <class C, Pass pass, Source source, class Visit>
 __device__ __forceinline__ void for_each_chunk(const Block<C>& block, const Shared<C>& shared, Visit visit) {
   const Arguments& a = block.a;
@@ -55,7 +55,7 @@ __device__ __forceinline__ void for_each_chunk(const Block<C>& block, const Shar
     }
     typename Walk<C>::Chunk x = *slots(0, slot_of(i)), other;
     if (reads_gradient(pass) || second) other = *slots(1, slot_of(i));
-    visit(walk, x, other);
+    visit(walk, x, other, slots(0, slot_of(i)));
     walk.advance();
   }
 }
@@ -83,10 +83,10 @@ struct EStep {
     return S(1);
   }
 
-  // All zero for a point that does not exist.
-  __device__ __forceinline__ void responsibilities(int channel, S z, int group, bool exists, S (&p)[M]) const {
+  __device__ __forceinline__ void responsibilities(int channel, S z, int group, S (&p)[M]) const {
     const S sum = unnormalised(channel, z, group, p);
-    const S inverse = !exists ? S(0) : M == 1 ? S(1) : Math<S>::reciprocal(sum);
+    if (M == 1) return;
+    const S inverse = Math<S>::reciprocal(sum);
     CBN_UNROLL
     for (int m = 0; m < M; ++m) p[m] *= inverse;
   }
@@ -104,39 +104,42 @@ struct Groups {
 // Sums of the thread's elements: Moments or GradientSums of each of its channels.
 template <class C, Pass pass, Source source, bool kBounded, class Sums>
 __device__ __forceinline__ void reduce(const Block<C>& block, const Shared<C>& shared, Sums (&sums)[C::kChannels]) {
+  using Chunk = typename Walk<C>::Chunk;
   using S = typename C::S;
   const Arguments& a = block.a;
   const EStep<C, kBounded> e_step(block, shared);
   Branches<S, C::M> branches[C::kChannels];
   if (pass == Pass::kGradientSums) load_coefficients(block, shared, 3, branches);
-  for_each_chunk<C, pass, source>(
-      block, shared, [&](const Walk<C>& walk, const typename Walk<C>::Chunk& x, const typename Walk<C>::Chunk& grad) {
-        const int count = walk.count();
-        if (count == 0) return;
-        const Groups<C> groups(walk, !kBounded && a.groups);
-        const unsigned bits = pass == Pass::kGradientSums && a.mask ? walk.load_mask() : 0;
-        CBN_UNROLL
-        for (int v = 0; v < C::V; ++v) {
-          const int channel = C::kChannelsLast ? v : 0;
-          const S z = static_cast<S>(x.element[v]) - e_step.origin[channel];
-          S p[C::M];
-          e_step.responsibilities(channel, z, groups.of[v], v < count, p);
-          if constexpr (pass == Pass::kMoments) {
-            accumulate(sums[channel], p, z);
-          } else {
-            S g = static_cast<S>(grad.element[v]);
-            if (a.relu) {
-              const bool passed = a.mask ? bits >> v & 1 : passes_relu(combine(branches[channel], p, z));
-              g = passed ? g : S(0);
-            }
-            accumulate(sums[channel], p, z, g);
-          }
+  for_each_chunk<C, pass, source>(block, shared, [&](const Walk<C>& walk, const Chunk& x, const Chunk& grad, Chunk*) {
+    const int count = walk.count();
+    if (count == 0) return;
+    const Groups<C> groups(walk, !kBounded && a.groups);
+    const unsigned bits = pass == Pass::kGradientSums && a.mask ? walk.load_mask() : 0;
+    CBN_UNROLL
+    for (int v = 0; v < C::V; ++v) {
+      const int channel = C::kChannelsLast ? v : 0;
+      const S z = static_cast<S>(x.element[v]) - e_step.origin[channel];
+      S e[C::M];
+      const S sum = e_step.unnormalised(channel, z, groups.of[v], e);
+      // A point that does not exist has no responsibilities.
+      const S inverse = v >= count ? S(0) : C::M == 1 ? S(1) : Math<S>::reciprocal(sum);
+      if constexpr (pass == Pass::kMoments) {
+        accumulate(sums[channel], e, inverse, z);
+      } else {
+        S g = static_cast<S>(grad.element[v]);
+        if (a.relu) {
+          const bool passed = a.mask ? bits >> v & 1 : passes_relu(combine(branches[channel], e, z));
+          g = passed ? g : S(0);
         }
-      });
+        accumulate(sums[channel], e, inverse, z, g);
+      }
+    }
+  });
 }
 
 template <class C, Source source, bool kBounded>
 __device__ __forceinline__ void normalise(const Block<C>& block, const Shared<C>& shared) {
+  using Chunk = typename Walk<C>::Chunk;
   using S = typename C::S;
   using E = typename C::Element;
   const Arguments& a = block.a;
@@ -144,11 +147,10 @@ __device__ __forceinline__ void normalise(const Block<C>& block, const Shared<C>
   Branches<S, C::M> branches[C::kChannels];
   load_coefficients(block, shared, 3, branches);
   for_each_chunk<C, Pass::kNormalise, source>(
-      block, shared,
-      [&](const Walk<C>& walk, const typename Walk<C>::Chunk& x, const typename Walk<C>::Chunk& residual) {
+      block, shared, [&](const Walk<C>& walk, const Chunk& x, const Chunk& residual, Chunk* slot) {
         const int count = walk.count();
         const Groups<C> groups(walk, !kBounded && a.groups);
-        typename Walk<C>::Chunk out;
+        Chunk out;
         unsigned bits = 0;
         CBN_UNROLL
         for (int v = 0; v < C::V; ++v) {
@@ -166,13 +168,14 @@ __device__ __forceinline__ void normalise(const Block<C>& block, const Shared<C>
           }
           out.element[v] = static_cast<E>(y);
         }
-        if (count > 0) walk.store(a.out, out);
+        if (count > 0) walk.store(a.out, out, slot);
         if (a.mask) walk.store_mask(bits);
       });
 }
 
 template <class C, Source source, bool kBounded>
 __device__ __forceinline__ void differentiate(const Block<C>& block, const Shared<C>& shared) {
+  using Chunk = typename Walk<C>::Chunk;
   using S = typename C::S;
   using E = typename C::Element;
   const Arguments& a = block.a;
@@ -182,17 +185,17 @@ __device__ __forceinline__ void differentiate(const Block<C>& block, const Share
   // Assigned responsibilities do not depend on x.
   const bool constant = a.detach_responsibility || a.groups;
   for_each_chunk<C, Pass::kInputGradient, source>(
-      block, shared, [&](const Walk<C>& walk, const typename Walk<C>::Chunk& x, const typename Walk<C>::Chunk& grad) {
+      block, shared, [&](const Walk<C>& walk, const Chunk& x, const Chunk& grad, Chunk* slot) {
         if (walk.count() == 0) return;
         const Groups<C> groups(walk, !kBounded && a.groups);
         const unsigned bits = a.mask ? walk.load_mask() : 0;
-        typename Walk<C>::Chunk out, gated;
+        Chunk out, gated;
         CBN_UNROLL
         for (int v = 0; v < C::V; ++v) {
           const int channel = C::kChannelsLast ? v : 0;
           const S z = static_cast<S>(x.element[v]) - e_step.origin[channel];
           S p[C::M];
-          e_step.responsibilities(channel, z, groups.of[v], true, p);
+          e_step.responsibilities(channel, z, groups.of[v], p);
           S g = static_cast<S>(grad.element[v]);
           if (a.relu) {
             const bool passed = a.mask ? bits >> v & 1 : passes_relu(combine(coefficients[channel], p, z));
@@ -202,8 +205,8 @@ __device__ __forceinline__ void differentiate(const Block<C>& block, const Share
           out.element[v] =
               static_cast<E>(input_gradient<kBounded>(e_step.odds[channel], coefficients[channel], p, z, g, constant));
         }
-        walk.store(a.out, out);
-        if (a.grad_residual) walk.store(a.grad_residual, gated);
+        walk.store(a.out, out, slot);
+        if (a.grad_residual) walk.store(a.grad_residual, gated, slot);
       });
 }
 

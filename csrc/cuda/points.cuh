@@ -143,9 +143,8 @@ struct Walk {
     const int elements = count();
     int64_t at = offset;
     unsigned n = image, s = inside;
-    CBN_UNROLL
-    for (int v = 0; v < V; ++v) {
-      if (v % run != 0 || v >= elements) continue;
+#pragma unroll 1
+    for (int v = 0; v < elements; v += run) {
       visit(v, at, n);
       at += run;
       s += run;
@@ -160,44 +159,51 @@ struct Walk {
   // Starts to copy the chunk of a tensor to shared memory; elements that do not exist become 0.
   __device__ __forceinline__ void fetch(Chunk* to, const void* from) const {
     const E* elements = static_cast<const E*>(from);
-    if (block.a.run == V && sizeof(Chunk) >= 4) {
+    const int run = block.a.run, bytes = run * static_cast<int>(sizeof(E));
+    if (run == V && sizeof(Chunk) >= 4) {
       copy_async(to, elements + offset, sizeof(Chunk));
       return;
     }
     if (count() < V) *to = {};
-    const int run = block.a.run, bytes = run * static_cast<int>(sizeof(E));
     for_each_run(run, [&](int v, int64_t at, unsigned) {
-      if (bytes >= 4)
-        copy_async(&to->element[v], elements + at, bytes);
+      if (bytes == 8)
+        copy_async(to->element + v, elements + at, 8);
+      else if (bytes == 4)
+        copy_async(to->element + v, elements + at, 4);
       else
         to->element[v] = elements[at];
     });
   }
 
-  __device__ __forceinline__ void store(void* to, const Chunk& chunk) const {
+  // Stores the chunk; `through` is shared memory of the thread.
+  __device__ __forceinline__ void store(void* to, const Chunk& chunk, Chunk* through) const {
     E* elements = static_cast<E*>(to);
-    if (block.a.run == V) {
+    const int run = block.a.run, bytes = run * static_cast<int>(sizeof(E));
+    if (run == V) {
       store_global(reinterpret_cast<Chunk*>(elements + offset), chunk);
-    } else if (V >= 4 && block.a.run == V / 2) {
-      for_each_run(V / 2, [&](int v, int64_t at, unsigned) {
-        Pack<E, (V + 1) / 2> half;
-        CBN_UNROLL
-        for (int i = 0; i < V / 2; ++i) half.element[i] = chunk.element[v + i];
-        store_global(reinterpret_cast<Pack<E, (V + 1) / 2>*>(elements + at), half);
-      });
-    } else {
-      for_each_run(1, [&](int v, int64_t at, unsigned) { elements[at] = chunk.element[v]; });
+      return;
     }
+    *through = chunk;
+    for_each_run(run, [&](int v, int64_t at, unsigned) {
+      const E* from = through->element + v;
+      if (bytes == 8)
+        store_global(reinterpret_cast<uint64_t*>(elements + at), *reinterpret_cast<const uint64_t*>(from));
+      else if (bytes == 4)
+        store_global(reinterpret_cast<uint32_t*>(elements + at), *reinterpret_cast<const uint32_t*>(from));
+      else
+        store_global(elements + at, *from);
+    });
   }
 
   // Groups of the elements' images; -1 for those that do not exist.
   __device__ __forceinline__ void load_groups(int (&groups)[V]) const {
     CBN_UNROLL
     for (int v = 0; v < V; ++v) groups[v] = -1;
-    for_each_run(1, [&](int v, int64_t, unsigned n) {
+    for_each_run(1, [&](int at, int64_t, unsigned n) {
       const int64_t group = block.a.groups[n];
       device_check(group >= 0 && group < block.a.components, "expected groups from 0 to M - 1");
-      groups[v] = static_cast<int>(group);
+      CBN_UNROLL
+      for (int v = 0; v < V; ++v) groups[v] = v == at ? static_cast<int>(group) : groups[v];
     });
   }
 

@@ -58,7 +58,9 @@ def run(console: Console, seconds: float, folder: Path) -> int:
 def make_report(e: Environment, found: Measured) -> Report:
     """Everything that was found out."""
     drawn = {(name, 4) for name in (OURS, OURS_RELU, OURS_ADD_RELU)}
-    drawn |= {(name, 1) for name, provider in PROVIDERS.items() if provider.layer == "BatchNorm2d"}
+    drawn |= {
+        (name, 1) for name, provider in PROVIDERS.items() if provider.layer == "BatchNorm2d" and provider.compiled
+    }
     shown = [row for row in found.times if row.l2 == "cold" and (row.provider, row.M) in drawn]
     by_dtype = {dtype: [row for row in shown if row.dtype == dtype and row.ratio_to_batchnorm] for dtype in DTYPES}
     warnings = [f"FAILED: {f.what}, {f.where}: {f.error}" for f in found.failures]
@@ -84,7 +86,11 @@ def make_report(e: Environment, found: Measured) -> Report:
             memory_table(found.memory),
             kernel_table(found.times, [shape_label(shape) for shape in cuda.SHAPES[:2]]),
         ],
-        figures={f"-{dtype}": plot(rows, f"{dtype}, {e.device}") for dtype, rows in by_dtype.items() if rows},
+        figures={
+            f"-{dtype}": plot(rows, f"{dtype}, {e.device}; unit: eager nn.BatchNorm2d with the same operations")
+            for dtype, rows in by_dtype.items()
+            if rows
+        },
         text=_HOW,
         warnings=warnings,
     )

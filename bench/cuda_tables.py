@@ -162,7 +162,7 @@ def kernel_table(rows: Sequence[CudaRow], shapes: Sequence[str]) -> Table:
         if row.shape in shapes and row.kernels and row.data == "mixed" and row.direction in (FORWARD, BACKWARD):
             cells = [" ".join((row.shape, row.dtype, row.layout)), row.provider, str(row.M), row.direction]
             sections.setdefault((row.shape, row.dtype, row.layout), []).append(
-                [*cells, f"{row.median_us:,.1f}", _number(row.device_us, 1), row.kernels]
+                [*cells, f"{row.median_us:,.1f}", _number(row.device_us, 1), f"`{row.kernels}`"]
             )
     header = ("input", "provider", "M", "direction", "µs", "of kernels alone", "kernels")
     return Table("Kernels", header, list(sections.values()))

@@ -10,7 +10,8 @@ from bench.harness import BOTH, TimeRow
 def plot(rows: Sequence[TimeRow], title: str) -> Figure:
     """A panel for each layout, a group of bars for each shape; whiskers: 20th to 80th percentile.
 
-    Only what stands beside a time of nn.BatchNorm2d is drawn; many shapes get panels one below the other.
+    Only what stands beside a time of nn.BatchNorm2d is drawn. Many shapes get panels one below the other, and a linear
+    scale, for which all must be near one.
     """
     rows = [row for row in rows if row.direction == BOTH and row.data == "mixed" and row.ratio_to_batchnorm]
     members = list(dict.fromkeys((row.provider, row.M) for row in rows))
@@ -42,10 +43,11 @@ def plot(rows: Sequence[TimeRow], title: str) -> Figure:
             ]
             axes.bar_label(drawn, texts, fontsize=7, padding=1, rotation=90 if stacked else 0)
         axes.axhline(1, color="0.3", linewidth=0.8)
-        axes.set(title=layout, yscale="log", xticks=range(len(shapes)), xticklabels=shapes)
+        axes.set(title=layout, yscale="linear" if stacked else "log", xticks=range(len(shapes)))
+        axes.set_xticklabels(shapes, fontsize=8 if stacked else None)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylabel("time, nn.BatchNorm2d = 1")
     handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=max(1, len(members)), fontsize=8)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=max(1, min(6, len(members))), fontsize=8)
     figure.suptitle(f"forward+backward, {title}")
     return figure

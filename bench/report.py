@@ -135,18 +135,16 @@ class Report:
             if rows:
                 paths.append(folder / f"{self.name}{ending}.csv")
                 write_csv(paths[-1], rows, self.environment)
-        pictures = []
-        for ending, figure in self.figures.items():
-            paths.append(folder / f"{self.name}{ending}.png")
-            figure.savefig(paths[-1], dpi=150)
-            pictures.append(f"![times]({paths[-1].name})")
+        pictures = [folder / f"{self.name}{ending}.png" for ending in self.figures]
+        shown = [f"![times]({path.name})" for path in pictures]
         tables = (table.markdown() for table in self.tables)
         warnings = ["\n".join(f"- {warning}" for warning in self.warnings)] if self.warnings else []
         paths.append(folder / f"{self.name}.md")
-        paths[-1].write_text(
-            "\n\n".join([f"# {self.name}", self.facts, *warnings, *tables, self.text, *pictures]) + "\n"
-        )
-        return paths
+        paths[-1].write_text("\n\n".join([f"# {self.name}", self.facts, *warnings, *tables, self.text, *shown]) + "\n")
+        # The pictures take the longest: should the process be stopped, they are missed the least.
+        for path, figure in zip(pictures, self.figures.values(), strict=True):
+            figure.savefig(path, dpi=150)
+        return paths + pictures
 
 
 def _label(row: TimeRow | MemoryRow) -> str:

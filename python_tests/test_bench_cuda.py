@@ -412,7 +412,7 @@ def test_report_has_all_tables_failures_and_what_was_left_out(tmp_path):
         "- Left out, the time was over (1): 1x1x1x1 float16 contiguous: all",
         "| forward+backward, cbn_ext / BatchNorm2d, float32 | 1.50 | ≤ 1 | missed |",
         "| cbn_ext | 4 | 0.500 | 0.500 | 1 |",
-        "| 64x256x56x56 float32 contiguous | cbn_ext | 4 | forward | 15.0 | 19.0 | k |",
+        "| 64x256x56x56 float32 contiguous | cbn_ext | 4 | forward | 15.0 | 19.0 | `k` |",
     ):
         assert line in summary
     with written["cuda-some-gpu-9.csv"].open(newline="") as file:

@@ -158,9 +158,9 @@ def leaves(arguments: Arguments, dtype: torch.dtype | None = None) -> Arguments:
 
 
 @functools.cache
-def expected(case: Case) -> Results:
-    """The oracle's results in float64."""
-    arguments = leaves(case.arguments(), torch.float64)
+def expected(case: Case, device: str = "cpu") -> Results:
+    """The oracle's results in float64, computed on `device`."""
+    arguments = leaves(case.arguments(device), torch.float64)
     y, running = output(case, arguments)
     y = y.relu() if case.activation == "relu" else y
     inputs = (arguments.x, arguments.residual, arguments.weight, arguments.bias)

@@ -1,9 +1,11 @@
 """The CUDA operators themselves: opcheck, finite differences, alignment, and tensors of more than 2^31 elements."""
 
+from dataclasses import replace
+
 import oracle
 import pytest
 import torch
-from cases import EPS, MOMENTUM, Case, with_layout
+from cases import EPS, MOMENTUM, Case, leaves
 from tolerances import assert_close
 
 from cbn_ext import compound_batch_norm, split_batch_norm
@@ -23,68 +25,62 @@ CASES = [
     Case(layout="transposed"),
     Case(shape=(0, 3, 4, 4)),
 ]
-FUSIONS = {"plain": (False, False), "relu": (True, False), "residual": (False, True), "relu_residual": (True, True)}
+FUSED = {"activation": "relu", "residual": True}
 
 
-def cuda(tensor):
-    return None if tensor is None else tensor.cuda()
-
-
-def forward_arguments(case, relu, residual):
-    a = case.arguments()
+def forward_arguments(case):
+    a = case.arguments("cuda")
     prior = None if case.mode == "split" else a.prior
-    added = with_layout(torch.randn_like(a.x), case.layout) if residual else None
-    tensors = (a.x, added, a.groups, prior, a.mean, a.var, a.weight, a.bias)
-    return *map(cuda, tensors), case.training, relu, EPS
+    tensors = (a.x, a.residual, a.groups, prior, a.mean, a.var, a.weight, a.bias)
+    return *tensors, case.training, case.activation == "relu", EPS
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck(case, fusion):
-    arguments = forward_arguments(case, *FUSIONS[fusion])
-    torch.library.opcheck(OPS.forward.default, arguments)
-    x, residual, groups, _, _, _, weight, bias, training, relu, eps = arguments
+def backward_arguments(case, place=torch.Tensor.detach):
+    """After a forward pass; its tensors of the input's size go through `place`."""
+    x, residual, groups, _, _, _, weight, bias, training, relu, eps = arguments = forward_arguments(case)
     _, mask, running, batch = OPS.forward(*arguments)
     mask = mask if relu and residual is not None else None
-    grad = cuda(case.arguments().grad)
-    options = (training, relu, case.detach, eps)
-    torch.library.opcheck(OPS.backward.default, (grad, x, mask, groups, running, batch, weight, bias, *options))
+    grad = place(case.arguments("cuda").grad)
+    return grad, place(x), mask, groups, running, batch, weight, bias, training, relu, case.detach, eps
+
+
+@pytest.mark.parametrize("fused", [{}, FUSED], ids=["plain", "fused"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck(case, fused):
+    case = replace(case, **fused)
+    torch.library.opcheck(OPS.forward.default, forward_arguments(case))
+    torch.library.opcheck(OPS.backward.default, backward_arguments(case))
 
 
 @pytest.mark.parametrize("mode", ["channel", "split"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_opcheck_update_running(mode, dtype):
-    x, _, _, prior, mean, var, *_ = arguments = forward_arguments(Case(mode=mode, dtype=dtype), False, False)
+    x, _, _, prior, mean, var, *_ = arguments = forward_arguments(Case(mode=mode, dtype=dtype))
     batch = OPS.forward(*arguments)[3]
     points = x.numel() // x.shape[1]
     torch.library.opcheck(OPS.update_running.default, (prior, mean, var, batch, points, MOMENTUM))
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     ("mode", "training"), [("channel", True), ("channel", False), ("split", True)], ids=["train", "eval", "split"]
 )
-def test_first_and_second_derivative(mode, training, layout, fusion):
-    """Against finite differences; the second one goes through the composite formula on the GPU."""
-    case = Case((4, 2, 3, 1), 3, mode, training, torch.float64, layout=layout)
-    a = case.arguments()
-    relu, residual = FUSIONS[fusion]
-    running = [cuda(t) for t in (a.prior, a.mean, a.var)]
-    groups, activation = cuda(a.groups), "relu" if relu else None
+@pytest.mark.parametrize("fused", [{}, {"activation": "relu"}, FUSED], ids=["plain", "relu", "fused"])
+def test_derivatives(fused, mode, training, layout):
+    """Against finite differences; the second derivative goes through the composite formula on the GPU."""
+    case = Case((4, 2, 3, 1), 3, mode, training, torch.float64, layout=layout, **fused)
+    x, _, residual, groups, *running, weight, bias = leaves(case.arguments("cuda"))
 
-    def function(x, weight, bias, added=None):
+    def function(x, weight, bias, residual=None):
         state = [t.clone() for t in running]
+        options = {"residual": residual, "activation": case.activation}
         if mode == "split":
-            return split_batch_norm(x, groups, *state[1:], weight, bias, MOMENTUM, EPS, added, activation)
-        return compound_batch_norm(
-            x, *state, weight, bias, training, MOMENTUM, EPS, residual=added, activation=activation
-        )
+            return split_batch_norm(x, groups, *state[1:], weight, bias, MOMENTUM, EPS, **options)
+        return compound_batch_norm(x, *state, weight, bias, training, MOMENTUM, EPS, **options)
 
-    added = with_layout(torch.randn_like(a.x), layout) if residual else None
-    inputs = [cuda(t).requires_grad_() for t in (a.x, a.weight, a.bias, added) if t is not None]
+    inputs = [t for t in (x, weight, bias, residual) if t is not None]
     assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
 def misaligned(tensor):
@@ -99,25 +95,15 @@ def misaligned(tensor):
 def test_any_alignment_gives_the_same_bits(shape, dtype, layout, path):
     """Sums are cut by shape, not by address: nothing may depend on where a tensor begins."""
 
-    def results(place):
-        case = Case(shape, dtype=dtype, layout=layout)
-        x, residual, groups, *others = forward_arguments(case, True, True)
-        arguments = (place(x), place(residual), groups, *map(place, others[:5]), *others[5:])
-        y, mask, running, batch = OPS.forward(*arguments)
-        weight, bias, training, relu, eps = arguments[6:]
-        grad = place(cuda(case.arguments().grad))
-        options = (training, relu, case.detach, eps)
-        return (
-            y,
-            running,
-            batch,
-            *OPS.backward(grad, arguments[0], mask, groups, running, batch, weight, bias, *options),
-        )
+    case = Case(shape, dtype=dtype, layout=layout, **FUSED)
 
-    torch.manual_seed(0)
-    aligned = results(torch.clone)
-    torch.manual_seed(0)
-    for expected, actual in zip(aligned, results(misaligned), strict=True):
+    def results(place):
+        arguments = [place(a) if isinstance(a, torch.Tensor) else a for a in forward_arguments(case)]
+        y, mask, running, batch = OPS.forward(*arguments)
+        backward = OPS.backward(*backward_arguments(case, place))
+        return y, mask, running, batch, *backward
+
+    for expected, actual in zip(results(torch.clone), results(misaligned), strict=True):
         assert torch.equal(actual, expected)
 
 
@@ -157,7 +143,8 @@ def test_more_than_two_to_the_31_elements(kind, dtype):
     leaf = x.view(shape).requires_grad_()
 
     def assert_images_close(result, wanted, quantity):
-        result = result.view_as(x)
+        # Few enough that most values differ: equal ones are rounded alike, and their errors do not cancel.
+        result, wanted = (t[..., ::13, ::13] for t in (result.view_as(x), wanted))
         for first, kinds in ((0, [0, 1, 2]), (3 * (copies // 2), [0, 1, 2]), (count - 3, [1, 2, 3])):
             assert_close(result[first : first + 3], wanted[kinds], quantity, dtype)
 

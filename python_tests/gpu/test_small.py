@@ -2,22 +2,22 @@
 
 import pytest
 import torch
-from cases import Case, Results, assert_results, expected, run
+from cases import Case, assert_results, expected, run
 
+FUSED = {"activation": "relu", "residual": True}
 CASES = [
     Case((3, 5, 6, 7)),
     Case((3, 5, 6, 7), layout="channels_last"),
-    Case((2, 20, 9, 9), 3, dtype=torch.bfloat16),
-    Case((2, 20, 9, 9), 8, dtype=torch.float16, layout="channels_last"),
-    Case((2, 3, 7, 9), 4, "split"),
+    Case((2, 20, 9, 9), 3, dtype=torch.bfloat16, **FUSED),
+    Case((2, 20, 9, 9), 8, dtype=torch.float16, layout="channels_last", **FUSED),
+    Case((2, 3, 7, 9), 4, "split", **FUSED),
     Case((2, 3, 7, 9), 4, "split", layout="channels_last"),
-    Case((2, 3, 7, 9), 2, dtype=torch.float64),
+    Case((2, 3, 7, 9), 2, dtype=torch.float64, activation="relu"),
     Case((2, 6, 40, 41), 1),
-    Case((40, 10), 4, training=False),
+    Case((40, 10), 4, training=False, **FUSED),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_small(case, path):
-    results = run(case, "native", "cuda")
-    assert_results(Results(*(None if t is None else t.cpu() for t in results)), expected(case), case)
+    assert_results(run(case, "native", "cuda"), expected(case), case)

@@ -90,7 +90,7 @@ def test_output_keeps_the_memory_format(memory_format):
 def test_compiled_network_equals_eager(training):
     """One graph without breaks, forward and backward."""
     torch._dynamo.reset()
-    net, x = network().train(training), torch.randn(16, 3, 16, 16, device="cuda")
+    net, x = Block(8).cuda().train(training), torch.randn(16, 8, 16, 16, device="cuda")
     net(x)  # the running statistics leave their start
     start = {name: value.clone() for name, value in net.state_dict().items()}
     results = []

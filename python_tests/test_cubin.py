@@ -1,0 +1,115 @@
+"""The compiled CUDA kernels, read from the library: all of them for every architecture, and none that spills.
+
+Where no CUDA library was built there is nothing to read, and the build must have said why.
+"""
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import cbn_ext
+
+ARCHITECTURES = ["sm_" + arch.removesuffix("+PTX").replace(".", "") for arch in cbn_ext.build_info()["cuda_archs"]]
+# Types of elements as they are mangled, components, channels_last.
+INSTANCES = set(product(["f", "d", "N3c104HalfE", "N3c108BFloat16E"], [1, 2, 4, 8, 16], [False, True]))
+REGISTERS_OF_MULTIPROCESSOR = 65536
+
+
+class Kernel(NamedTuple):
+    """One compiled kernel, by its mangled name without the instance."""
+
+    architecture: str
+    name: str
+    instance: tuple[str, int, bool]
+
+
+class Resources(NamedTuple):
+    """Of a thread: registers, and bytes of memory for what did not fit into them or is indexed at run time."""
+
+    registers: int
+    stack: int
+    local: int
+
+
+def library() -> Path:
+    return next(Path(cbn_ext.__file__).parent.glob("_C_cuda.*"))
+
+
+def cuobjdump(option: str) -> Iterator[tuple[str, str]]:
+    """Architecture and line of what it prints, nothing without a library; CUDA builds of torch bring it with Triton."""
+    if not ARCHITECTURES:
+        return
+    triton = importlib.util.find_spec("triton")
+    bundled = triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = bundled if bundled and bundled.exists() else shutil.which("cuobjdump")
+    assert tool, "expected cuobjdump from Triton or the CUDA toolkit"
+    architecture = ""
+    with subprocess.Popen([tool, option, library()], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("arch = "):
+                architecture = line.removeprefix("arch = ").strip()
+            yield architecture, line
+    assert process.returncode == 0
+
+
+def kernel(architecture: str, mangled: str) -> Kernel | None:
+    """Of a name; None for functions that are not compiled for an instance."""
+    config = re.search(r"6ConfigI(\w+?)Li(\d+)ELb([01])EE", mangled)
+    if config is None:
+        return None
+    instance = (config[1], int(config[2]), config[3] == "1")
+    return Kernel(architecture, mangled.replace(config[0], ""), instance)
+
+
+@functools.cache
+def resources() -> dict[Kernel, Resources]:
+    found, current = {}, None
+    for architecture, line in cuobjdump("-res-usage"):
+        if name := re.match(r" Function (\S+):", line):
+            current = kernel(architecture, name[1])
+        elif current and (used := re.match(r"\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line)):
+            found[current] = Resources(*map(int, used.groups()))
+    return found
+
+
+def largest_blocks() -> dict[Kernel, int]:
+    """Threads that a block may have at most, as the kernels were promised (__launch_bounds__)."""
+    found, current, wanted = {}, None, False
+    for architecture, line in cuobjdump("-elf"):
+        if line.startswith(".nv.info."):
+            current = kernel(architecture, line.strip().removeprefix(".nv.info."))
+        elif "EIATTR_MAX_THREADS" in line:
+            wanted = True
+        elif wanted and "Value:" in line:
+            wanted = False
+            if current:
+                found[current] = int(line.split()[1], 16)
+    return found
+
+
+def test_every_kernel_is_there_for_every_architecture():
+    kernels = defaultdict(set)
+    for found in resources():
+        kernels[found.architecture, found.instance].add(found.name)
+    assert set(kernels) == set(product(ARCHITECTURES, INSTANCES))
+    assert ARCHITECTURES or "; CPU only: " in cbn_ext.build_info()["resolved"]
+    assert len({frozenset(names) for names in kernels.values()}) <= 1
+
+
+def test_nothing_spills_up_to_8_components():
+    small = {found: used for found, used in resources().items() if found.instance[1] <= 8}
+    assert not {found: used for found, used in small.items() if used.stack or used.local}
+
+
+def test_registers_fit_the_largest_block():
+    threads = largest_blocks()
+    assert threads.keys() == resources().keys()
+    for found, most in threads.items():
+        assert most * resources()[found].registers <= REGISTERS_OF_MULTIPROCESSOR, found

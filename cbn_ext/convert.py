@@ -4,7 +4,7 @@ import logging
 
 from torch import nn
 
-from . import fuse as fusing
+from .fuse import assemble, fuse_graph
 from .modules import (
     CompoundBatchNorm1d,
     CompoundBatchNorm2d,
@@ -13,6 +13,7 @@ from .modules import (
     CompoundBatchNormAct2d,
     CompoundBatchNormAct3d,
 )
+from .trace import trace
 
 _log = logging.getLogger("cbn_ext")
 
@@ -75,13 +76,13 @@ def convert_compound_batchnorm(module: nn.Module, num_components: int = 4, fuse:
 
 
 def _fused(module: nn.Module, num_components: int, options: dict) -> nn.Module:
-    graph = fusing.trace(module)
-    fusions = fusing.fuse(module, graph)
+    graph = trace(module)
+    fusions = fuse_graph(module, graph)
     layers = {}
     for fusion in fusions:
         norm = module.get_submodule(fusion.norm)
         layers[norm] = _compound(norm, num_components, options, fused=fusion.reason is None)
-    network = fusing.assemble(module, graph, layers)
+    network = assemble(module, graph, layers)
     network.meta["fusions"] = fusions
     _log.info("%d of %d batch normalizations fused", sum(f.reason is None for f in fusions), len(fusions))
     for fusion in fusions:

@@ -66,7 +66,9 @@ class Model(nn.Module):
         self.stages = nn.Sequential(Block(), Block())
 
     def forward(self, x):
-        return self.head(self.stages(self.branches["a"](self.blocks[2](self.blocks[0](x)))))
+        x = self.stages(self.branches["a"](self.blocks[2](self.blocks[0](x))))
+        x *= 2
+        return self.head(x)
 
 
 @pytest.fixture
@@ -129,7 +131,8 @@ def test_the_model_given_stays_as_it_is(x):
     fused(x)
     assert list(model.modules()) == modules and [module.training for module in modules] == modes
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
-    assert fused.training and fused.stages[0].norm.training and not fused.stages[1].norm.training
+    assert fused.training and fused.stages[0].training and fused.stages[0].norm.training
+    assert not fused.stages[1].training and not fused.stages[1].norm.training
 
 
 @pytest.mark.parametrize(

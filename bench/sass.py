@@ -158,9 +158,11 @@ def rows_of_kernel(arch: str, name: str, code: list[Instruction], register_count
     dtype, size = _DTYPES[kernel[2]]
     while_fetching, while_storing, tensors = _PASSES[kernel[5]]
     loops: dict[tuple[bool, bool], Sequence[Instruction]] = {}
-    for loop in filter(exponentials, innermost_loops(code)):
+    for loop in innermost_loops(code, "MUFU", "EX2"):
         kind = count(loop, "LDGSTS") > 0, count(loop, "STG") > 0
         loops[kind] = min(loop, loops.get(kind, loop), key=exponentials)
+    if not loops:
+        raise RuntimeError(f"{name}, {arch}: expected a loop with exponentials, found none")
     for (fetches, stores), loop in loops.items():
         elements = exponentials(loop) // (_COMPONENTS - 1)
         access = min(16, elements * size)

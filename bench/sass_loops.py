@@ -66,12 +66,16 @@ class Cost(NamedTuple):
     memory: int = 0
 
 
-def innermost_loops(code: Sequence[Instruction]) -> list[Sequence[Instruction]]:
-    """Every stretch that ends with a branch back to its start and holds no other such stretch."""
+def count(code: Sequence[Instruction], name: str, modifier: str | None = None) -> int:
+    """Instructions of this name and modifier."""
+    return sum(i.name == name and (modifier is None or modifier in i.modifiers) for i in code)
+
+
+def innermost_loops(code: Sequence[Instruction], name: str, modifier: str) -> list[Sequence[Instruction]]:
+    """Stretches with such an instruction that end with a branch back to their start, and hold no other such stretch."""
     index = {instruction.address: number for number, instruction in enumerate(code)}
-    spans = [
-        (index[i.target], number) for number, i in enumerate(code) if i.target in index and index[i.target] < number
-    ]
+    spans = [(index[i.target], end) for end, i in enumerate(code) if i.target in index and index[i.target] < end]
+    spans = [(start, end) for start, end in spans if count(code[start : end + 1], name, modifier)]
     return [
         code[first : last + 1]
         for first, last in spans
@@ -79,13 +83,10 @@ def innermost_loops(code: Sequence[Instruction]) -> list[Sequence[Instruction]]:
     ]
 
 
-def count(code: Sequence[Instruction], name: str, modifier: str | None = None) -> int:
-    """Instructions of this name and modifier."""
-    return sum(i.name == name and (modifier is None or modifier in i.modifiers) for i in code)
-
-
 def usual_paths(loop: Sequence[Instruction], bits: int) -> dict[Work, Cost]:
     """For every amount of work that one turn of a loop may do, the cost of the path with the fewest instructions.
+
+    Loops within the loop are gone through once, or passed over.
 
     bits: the full width of an access.
     """

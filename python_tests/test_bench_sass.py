@@ -110,14 +110,15 @@ def test_functions_are_told_apart():
     assert {name: len(code) for name, code in functions.items()} == {"one": 1, "two": 2}
 
 
-def test_loops_hold_no_others():
-    code = parse(assembled("f", "outer: NOP\ninner: NOP\n@P0 BRA inner\nNOP\n@P1 BRA outer\nself: BRA self"))["f"]
-    assert [[i.address for i in loop] for loop in innermost_loops(code)] == [[0x10, 0x20]]
+def test_loops_are_those_that_hold_an_instruction_and_no_other_such_loop():
+    lines = "outer: NOP\ninner: MUFU.EX2 R1, R1\nragged: NOP\n@P0 BRA ragged\n@P1 BRA inner\nNOP\n@P2 BRA outer"
+    code = parse(assembled("f", lines + "\nself: BRA self"))["f"]
+    assert [[i.address for i in loop] for loop in innermost_loops(code, "MUFU", "EX2")] == [[0x10, 0x20, 0x30, 0x40]]
 
 
 def test_the_usual_path_does_all_work_with_the_fewest_instructions():
     code = parse(assembled(MAP, map_kernel()))[MAP]
-    (loop,) = innermost_loops(code)
+    (loop,) = innermost_loops(code, "MUFU", "EX2")
     paths = usual_paths(loop, 128)
     assert paths[WORK] == Cost(DETACHED, mufu=16, shared=2, memory=3)
     assert paths[WORK._replace(optional=4)] == Cost(DETACHED + 8, mufu=16, shared=2, memory=3)
@@ -179,6 +180,8 @@ def test_both_passes_of_a_kernel_on_chip():
 def test_a_loop_without_the_expected_accesses_is_an_error():
     with pytest.raises(RuntimeError, match=r"sm_90: expected a path through a loop that does \(12, 2, 1\), found none"):
         rows(map_kernel().replace("EF.128", "EF.32"))
+    with pytest.raises(RuntimeError, match="sm_90: expected a loop with exponentials, found none"):
+        rows(map_kernel().replace("MUFU.EX2", "MUFU.LG2"))
 
 
 def test_registers_are_read():

@@ -247,11 +247,15 @@ def _check(
         if tensor is not None and tensor.device != input.device:
             raise RuntimeError(f"expected {name} on {input.device}, the input's device, got {tensor.device}")
     if residual is not None:
-        # One that broadcasts would have a gradient of another shape than the output's.
-        for what in ("shape", "dtype", "device"):
-            wanted, got = getattr(input, what), getattr(residual, what)
-            if wanted != got:
-                raise RuntimeError(f"expected a residual of the input's {what} {wanted}, got {got}")
+        # No broadcasting: its gradient is the output's, masked.
+        if residual.shape != input.shape:
+            raise RuntimeError(
+                f"expected residual of shape {tuple(input.shape)}, the input's, got {tuple(residual.shape)}"
+            )
+        if residual.dtype != input.dtype:
+            raise RuntimeError(f"expected residual of {input.dtype}, the input's dtype, got {residual.dtype}")
+        if residual.device != input.device:
+            raise RuntimeError(f"expected residual on {input.device}, the input's device, got {residual.device}")
     if training and input.shape.numel() // max(channels, 1) == 1 and channels:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
 

@@ -262,15 +262,14 @@ class _ActivatedNorm(_CompoundBatchNorm):
         return f"{super().extra_repr()}, activation={self.activation!r}"
 
 
-_FUSED = """, a residual and a ReLU in one.
+_FUSED = """
 
-    `layer(x, residual=None)` is act(cbn(x) + residual), computed in the passes over x that the normalization makes, and
-    kept for backward is x alone, with a residual also one bit per element. Parameters, state and other arguments are
-    those of `{}`.
+    `layer(x, residual=None)` is act(cbn(x) + residual), computed in the passes over x that the normalization makes.
+    Kept for backward is x alone, with a residual also one bit per element. Parameters, state and all other arguments
+    are those of the layer without `Act` in its name.
 
     Args:
         activation: "relu", or None for none.
-        arguments, options: as for `{}`.
 
     Raises:
         ValueError: an argument outside of what is named here and there.
@@ -278,12 +277,12 @@ _FUSED = """, a residual and a ReLU in one.
 
 
 class CompoundBatchNormAct1d(_ActivatedNorm, CompoundBatchNorm1d):
-    __doc__ = "Compound batch normalization of (N, C) or (N, C, L) inputs" + _FUSED.format(*["CompoundBatchNorm1d"] * 2)
+    __doc__ = "Compound batch normalization of (N, C) or (N, C, L) inputs, a residual and a ReLU in one." + _FUSED
 
 
 class CompoundBatchNormAct2d(_ActivatedNorm, CompoundBatchNorm2d):
-    __doc__ = "Compound batch normalization of (N, C, H, W) inputs" + _FUSED.format(*["CompoundBatchNorm2d"] * 2)
+    __doc__ = "Compound batch normalization of (N, C, H, W) inputs, a residual and a ReLU in one." + _FUSED
 
 
 class CompoundBatchNormAct3d(_ActivatedNorm, CompoundBatchNorm3d):
-    __doc__ = "Compound batch normalization of (N, C, D, H, W) inputs" + _FUSED.format(*["CompoundBatchNorm3d"] * 2)
+    __doc__ = "Compound batch normalization of (N, C, D, H, W) inputs, a residual and a ReLU in one." + _FUSED

@@ -9,9 +9,6 @@ Long-tailed Image Classification" (2022).
 import torch
 from torch import Tensor
 
-#: Floor of the prior inside the logarithm: a component that lost its mass can come back.
-PRIOR_FLOOR = 1e-6
-
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and arithmetic for inputs of `dtype`: float64 for float64, else float32."""
@@ -53,7 +50,8 @@ def responsibilities(
     log_density = -0.5 * torch.log(var) - (x - mean).square() / (2 * var)
     if responsibility == "joint":
         log_density = log_density.sum(2, keepdim=True)
-    log_prior = _along_channels(prior.clamp_min(PRIOR_FLOOR).log(), x)
+    # The floor lets a component that lost its mass come back. No named constant either.
+    log_prior = _along_channels(prior.clamp_min(1e-6).log(), x)
     return torch.softmax(log_prior + log_density, dim=0)
 
 

@@ -47,16 +47,17 @@ def test_every_number_of_components(components, layout, training):
 
 
 def forward_arguments(case):
-    x, _, _, groups, prior, mean, var, weight, bias = case.arguments()
+    x, _, residual, groups, prior, mean, var, weight, bias = case.arguments()
     prior = None if groups is not None else prior
-    return x, None, groups, prior, mean, var, weight, bias, case.training, False, EPS
+    return x, residual, groups, prior, mean, var, weight, bias, case.training, case.activation == "relu", EPS
 
 
 def backward_arguments(case):
-    x, _, groups, _, _, _, weight, bias, training, relu, eps = arguments = forward_arguments(case)
-    _, _, running, batch = OPS.forward(*arguments)
+    x, residual, groups, _, _, _, weight, bias, training, relu, eps = arguments = forward_arguments(case)
+    _, mask, running, batch = OPS.forward(*arguments)
+    mask = mask if relu and residual is not None else None
     grad = case.arguments().grad
-    return grad, x, None, groups, running, batch, weight, bias, training, relu, case.detach, eps
+    return grad, x, mask, groups, running, batch, weight, bias, training, relu, case.detach, eps
 
 
 OPCHECK_CASES = [
@@ -73,6 +74,12 @@ OPCHECK_CASES = [
     Case(layout="expanded"),
     Case(layout="transposed"),
     Case(shape=(0, 3, 4, 4)),
+    Case(residual=True),
+    Case(activation="relu", training=False),
+    Case(activation="relu", residual=True),
+    Case(activation="relu", residual=True, mode="split", dtype=torch.bfloat16),
+    Case(activation="relu", residual=True, layout="channels_last", grad_layout="sliced"),
+    Case(activation="relu", residual=True, shape=(0, 3, 4, 4)),
 ]
 
 
@@ -104,11 +111,13 @@ def test_opcheck_stacked(prior):
 def test_forward_returns_the_batch_statistics(case):
     x, _, groups, prior, mean, var, weight, bias, *_ = arguments = forward_arguments(case)
     y, mask, running, (mass, batch_mean, batch_var) = OPS.forward(*arguments)
-    assert mask.shape == (0,)
+    words = -(-x.numel() // 32) if case.activation and case.residual else 0
+    assert mask.shape == (4 * words,) and mask.dtype == torch.uint8
     for copy, used in zip(running, (torch.zeros_like(mean) if prior is None else prior, mean, var), strict=True):
         assert torch.equal(copy, used) and copy.data_ptr() != used.data_ptr()
     step = oracle.train_step(x, prior, mean, var, weight, bias, groups=groups, eps=EPS)
-    assert_close(y, step.y, "output", case.dtype)
+    expected_y = step.y if arguments[1] is None else step.y + arguments[1]
+    assert_close(y, expected_y.relu() if case.activation else expected_y, "output", case.dtype)
     assert_close(mass, step.mass, "statistics", case.dtype)
     assert_close(batch_var, step.var, "statistics", case.dtype)
     # A mean has the error of the deviations it averages, also where it is zero itself.
@@ -122,12 +131,12 @@ def test_evaluation_returns_no_statistics():
 
 
 def test_inputs_are_not_changed():
-    case = Case(mode="split")
-    arguments = backward_arguments(case)
-    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-    OPS.backward(*arguments)
-    for now, then in zip(arguments, before, strict=True):
-        assert torch.equal(now, then) if isinstance(now, torch.Tensor) else now == then
+    case = Case(mode="split", activation="relu", residual=True)
+    for operator, arguments in ((OPS.forward, forward_arguments(case)), (OPS.backward, backward_arguments(case))):
+        before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        operator(*arguments)
+        for now, then in zip(arguments, before, strict=True):
+            assert torch.equal(now, then) if isinstance(now, torch.Tensor) else now == then
 
 
 @pytest.mark.parametrize(
@@ -166,11 +175,14 @@ def test_forward_refuses_what_does_not_fit(position, wrong, message):
         (4, torch.ones(3, 4, 6), r"running.*\(3, 4, 5\).*\(3, 4, 6\)"),
         (5, torch.ones(3, 3, 5), r"batch.*\(3, 4, 5\).*\(3, 3, 5\)"),
         (5, torch.ones(3, 4, 5, dtype=torch.float64), "batch.*[Ff]loat.*[Dd]ouble"),
+        ("mask", torch.zeros(104, dtype=torch.uint8), r"mask of 108 bytes.*\(104\)"),
+        ("mask", torch.zeros(108, dtype=torch.int8), "mask.*[Cc]har"),
     ],
 )
 def test_backward_refuses_what_does_not_fit(position, wrong, message):
-    arguments = list(backward_arguments(Case()))
-    arguments[position] = wrong
+    masked = position == "mask"
+    arguments = list(backward_arguments(Case(activation="relu", residual=True) if masked else Case()))
+    arguments[2 if masked else position] = wrong
     with pytest.raises(RuntimeError, match=f"(?s){message}"):
         OPS.backward(*arguments)
 
@@ -206,33 +218,39 @@ def test_joint_mode_is_refused_by_name():
     ],
 )
 @pytest.mark.parametrize("mode", ["channel", "split"])
-def test_no_copy_of_the_input(dtype, shape, memory_format, mode):
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_no_copy_of_the_input(dtype, shape, memory_format, mode, fused):
     """Neither contiguous nor channels_last inputs, nor their gradients, are copied or converted, in any dtype."""
     x = torch.randn(shape).to(dtype, memory_format=memory_format).requires_grad_()
     grad = torch.randn(shape).to(dtype, memory_format=memory_format)
+    residual = grad.clone().requires_grad_() if fused else None
     state = torch.float64 if dtype == torch.float64 else torch.float32
-    layer = {4: cbn_ext.CompoundBatchNorm2d, 5: cbn_ext.CompoundBatchNorm3d}[x.ndim](16, dtype=state)
+    layer = {4: cbn_ext.CompoundBatchNormAct2d, 5: cbn_ext.CompoundBatchNormAct3d}[x.ndim](
+        16, dtype=state, activation="relu" if fused else None
+    )
     groups = torch.arange(shape[0]) % 4
 
     def step():
         if mode == "split":
             with cbn_ext.split_path(groups):
-                layer(x).backward(grad)
+                layer(x, residual).backward(grad)
         else:
-            layer(x).backward(grad)
+            layer(x, residual).backward(grad)
 
     step()
     x.grad = None
+    if fused:
+        residual.grad = None
     with profile(
         activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True, acc_events=True
     ) as profiler:
         step()
     copies = [e for e in profiler.events() if e.name == "aten::copy_" and list(shape) in e.input_shapes]
     assert not copies
-    # Nothing else of the input's size is allocated but the output and the gradient of x.
+    # Nothing else of the input's size is allocated but the output and the gradients of x and the residual.
     size = x.numel() * x.element_size()
     large = [e for e in profiler.events() if e.self_cpu_memory_usage >= size // 2]
-    assert sum(e.self_cpu_memory_usage for e in large) <= 2 * size + 4096
+    assert sum(e.self_cpu_memory_usage for e in large) <= (3 if fused else 2) * size + 4096
 
 
 # --- repeatability
@@ -245,6 +263,8 @@ DETERMINISM_CASES = [
     Case((16, 8, 28, 28), 4, "split"),
     Case((4096, 5), 4),
     Case((16, 8, 56, 56), 4, training=False),
+    Case((16, 8, 55, 57), 4, activation="relu", residual=True),
+    Case((16, 9, 55, 57), 4, activation="relu", residual=True, layout="channels_last"),
 ]
 
 

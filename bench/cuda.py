@@ -9,7 +9,7 @@ import torch
 
 import cbn_ext
 from bench.compare import Comparison
-from bench.cuda_compare import DeviceLostError, Measured, Timer, label, measure
+from bench.cuda_compare import DeviceLostError, Failure, Measured, Timer, label, measure
 from bench.providers import (
     BATCHNORM,
     BATCHNORM_ADD_RELU,
@@ -139,6 +139,8 @@ def run(
             why = "interrupted" if isinstance(error, KeyboardInterrupt) else "the device failed"
             found.left_out += [f"{label(c.case)}: all, {why}" for c in plan[number:]]
             break
+        except Exception as error:  # such as memory that does not suffice for the inputs: the others are measured
+            found.failures.append(Failure.of("the inputs", comparison.case, error, ours=False))
         finally:
             found.seconds = clock() - start
             save(found)

@@ -75,6 +75,12 @@ class Failure:
     error: str
     ours: bool
 
+    @classmethod
+    def of(cls, what: str, case: Case, error: Exception, ours: bool) -> "Failure":
+        """What an error has to say in its first line."""
+        first_line = next(iter(str(error).splitlines()), "")
+        return cls(what, label(case), f"{type(error).__name__}: {first_line}", ours)
+
 
 @dataclass
 class Measured:
@@ -129,12 +135,12 @@ def measure(comparison: Comparison, timer: Timer, copy_gb_per_s: float, found: M
     cold, hot, device = {}, {}, {}
 
     def failed(what: str, error: Exception, ours: bool) -> None:
-        first_line = next(iter(str(error).splitlines()), "")
-        found.failures.append(Failure(what, label(case), f"{type(error).__name__}: {first_line}", ours))
+        failure = Failure.of(what, case, error, ours)
+        found.failures.append(failure)
         try:
             timer.synchronize()
         except Exception as sticky:
-            raise DeviceLostError(f"{what}, {label(case)}: {type(error).__name__}: {first_line}") from sticky
+            raise DeviceLostError(f"{what}, {failure.where}: {failure.error}") from sticky
 
     timer.release()
     problems = {m: make_problem(replace(case, components=m)) for m in {m: None for _, m in comparison.members}}

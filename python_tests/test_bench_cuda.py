@@ -265,6 +265,17 @@ def test_what_was_measured_before_the_end_is_kept(monkeypatch, error, why):
     assert len(found.left_out) == 8
 
 
+def test_inputs_that_cannot_be_made_do_not_end_the_measurement(monkeypatch):
+    def no_memory(comparison, *others):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(cuda, "measure", no_memory)
+    found = cuda.run(None, COPY, PLAN[:2], 100.0, lambda line: None, lambda found: None)
+    assert [(failure.what, failure.where, failure.error) for failure in found.failures] == [
+        ("the inputs", f"{n}x1x1x1 float32 contiguous", "OutOfMemoryError: CUDA out of memory.") for n in (2, 3)
+    ]
+
+
 def cuda_row(**changes) -> CudaRow:
     row = CudaRow(
         OURS, "64x256x56x56", "float32", "contiguous", 4, "mixed", BOTH,

@@ -34,7 +34,7 @@ std::vector<double> point_responsibilities(double x, const std::vector<double>& 
     throw std::invalid_argument("expected prior, mean and var of one length from 1 to 16, got " +
                                 std::to_string(components) + ", " + std::to_string(mean.size()) + " and " +
                                 std::to_string(var.size()));
-  const int widest = widest_component(var.data(), static_cast<int>(components));
+  const int widest = largest_component(var.data(), static_cast<int>(components));
   std::vector<double> sorted_prior, sorted_mean, sorted_var;
   for (size_t k = 0; k < components; ++k) {
     const int m = stored_at(static_cast<int>(k), widest);

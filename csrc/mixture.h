@@ -60,12 +60,13 @@ struct LogOdds {
   T height[M];
 };
 
-// The component of largest variance among var[m * stride], m < components.
-CBN_INLINE int widest_component(const double* var, int components) {
-  int widest = 0;
+// The first largest of values[m], m < components: by variance the widest component; by mass the one whose mean is the
+// origin once there are batch statistics, because it lies among the points.
+CBN_INLINE int largest_component(const double* values, int components) {
+  int largest = 0;
   for (int m = 1; m < components; ++m)
-    if (var[m] > var[widest]) widest = m;
-  return widest;
+    if (values[m] > values[largest]) largest = m;
+  return largest;
 }
 
 // Where component m is stored when the widest one comes first; its own inverse.

@@ -15,8 +15,9 @@ MOST_ELEMENTS = 128  # that a thread adds up in single precision in the streamin
 
 H200 = _host.Device(multiprocessors=132, shared_memory=232448, cluster=8)
 A100 = _host.Device(multiprocessors=108, shared_memory=166912, cluster=1)
+A10 = _host.Device(multiprocessors=72, shared_memory=101376, cluster=1)
 STREAMING = _host.Device(multiprocessors=132, shared_memory=232448, cluster=0)
-DEVICES = {"H200": H200, "A100": A100, "streaming": STREAMING}
+DEVICES = {"H200": H200, "A100": A100, "A10": A10, "streaming": STREAMING}
 
 
 def vector(channels_last: bool, element_size: int, components: int) -> int:
@@ -72,7 +73,7 @@ EXTENTS = st.fixed_dictionaries(
 @given(case=EXTENTS)
 def test_every_limit_is_kept_and_every_element_covered_once(planning, device, case):
     assume(case["channels"] * case["points"] < 2**40)  # more than any memory holds
-    limits = {"H200": (232448, 8), "A100": (166912, 1), "streaming": (232448, 1)}
+    limits = {"H200": (232448, 8), "A100": (166912, 1), "A10": (101376, 1), "streaming": (232448, 1)}
     shared_memory, cluster = limits[device]
     arguments, asked = extent(**case)
     plan = planning(asked, DEVICES[device])

@@ -116,7 +116,7 @@ struct Partials {
       const int64_t channel = block * plan.channels_of_block + j;
       double var[kMaxComponents];
       for (int m = 0; m < problem.components; ++m) var[m] = get(problem, problem.var, m * plan.channels + channel);
-      const int widest = widest_component(var, problem.components);
+      const int widest = largest_component(var, problem.components);
       for (int k = 0; k < problem.components; ++k) {
         double totals[3] = {};
         for (int64_t split = 0; split < plan.splits; ++split)

@@ -94,14 +94,19 @@ __attribute__((noinline)) ChannelCoefficients channel_coefficients(const Block<E
   const Problem& p = block.problem;
   const auto read = [](const void* values, int64_t i) { return static_cast<double>(static_cast<const S*>(values)[i]); };
   const bool batch = p.training && pass != Pass::kMoments;
-  double var_in_order[kMaxComponents] = {};
-  for (int m = 0; m < p.components; ++m) var_in_order[m] = read(p.var, m * p.channels + channel);
-  const int widest = widest_component(var_in_order, p.components);
+  double var_in_order[kMaxComponents] = {}, mass_in_order[kMaxComponents] = {};
+  for (int m = 0; m < p.components; ++m) {
+    const int64_t i = m * p.channels + channel;
+    var_in_order[m] = read(p.var, i);
+    if (batch) mass_in_order[m] = read(p.batch_mass, i);
+  }
+  const int widest = largest_component(var_in_order, p.components);
+  const int centre = batch ? largest_component(mass_in_order, p.components) : widest;
 
   ChannelCoefficients result{};
   // The origin is a value of S: x - origin is then what the coefficients are made for.
   result.origin = pass == Pass::kMoments ? block.sampled_origin(channel)
-                                         : read(batch ? p.batch_mean : p.mean, widest * p.channels + channel);
+                                         : read(batch ? p.batch_mean : p.mean, centre * p.channels + channel);
   result.origin = static_cast<double>(static_cast<S>(result.origin));
   double prior[kMaxComponents] = {}, running_mean[kMaxComponents] = {}, running_var[kMaxComponents] = {};
   for (int k = 0; k < p.components; ++k) {

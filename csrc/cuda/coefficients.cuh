@@ -159,7 +159,14 @@ __device__ bool prepare(const Block<C>& block, const Shared<C>& shared, const St
         if (shared.density[m * K + j] < shared.density[widest * K + j]) widest = m;
     const int m = stored_at(k, widest);
     const double mean = pass == Pass::kMoments ? 0 : used(1, m, j), var = pass == Pass::kMoments ? 0 : used(2, m, j);
-    const double origin = pass == Pass::kMoments ? shared.origin[j] : used(1, widest, j);
+    // Once there are batch statistics, the origin is the mean of the heaviest component: it lies among the points.
+    int centre = widest;
+    if (pass != Pass::kMoments && a.training) {
+      centre = 0;
+      for (int i = 1; i < a.components; ++i)
+        if (used(0, i, j) > used(0, centre, j)) centre = i;
+    }
+    const double origin = pass == Pass::kMoments ? shared.origin[j] : used(1, centre, j);
     if (k == 0) {
       shared.widest[j] = widest;
       if (pass != Pass::kMoments) shared.origin[j] = origin;

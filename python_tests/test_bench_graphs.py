@@ -1,4 +1,4 @@
-"""The timer of the CUDA benchmark on a pretended GPU: what is captured, kept and timed."""
+"""The timer of the CUDA benchmark on a pretended GPU: what is captured, kept, timed and traced."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ import torch
 
 from bench import graphs
 from bench.harness import BACKWARD, BOTH, EVALUATION, FORWARD
-from bench.trace import Kernel
+from bench.trace import Kernel, listed, short_name, split_replays, summed
 
 
 @dataclass
@@ -225,3 +225,35 @@ def test_the_driver_is_asked_for(monkeypatch):
 
     monkeypatch.setattr(graphs.subprocess, "run", missing)
     assert graphs._driver_version() == "unknown"
+
+
+def test_replays_are_told_apart_by_the_marker():
+    events = [("before", 1.0), ("spin_kernel(long)", 9.0), ("a", 1.0), ("b", 2.0), ("spin_kernel(long)", 9.0)]
+    assert split_replays(events) == [[("a", 1.0), ("b", 2.0)], []]
+
+
+def test_kernels_are_summed_by_name_for_one_step():
+    replay = [("void b<1>(int)", 2.0), ("a", 4.0), ("void b<2>(int)", 4.0), ("a", 8.0), ("a", 4.0), ("a", 4.0)]
+    kernels = summed(replay, 2)
+    assert kernels == [Kernel("b", 1, 3.0), Kernel("a", 2, 10.0)]
+    assert listed(kernels) == "b; 2 a"
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        (
+            "void at::native::(anonymous namespace)::batch_norm_reduce_kernel<float, int>(at::Tensor<float>)",
+            "batch_norm_reduce_kernel",
+        ),
+        ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, (bool)1>(Struct, int)", "cudnn::bn_fw_tr_1C11_kernel_NCHW"),
+        ("triton_red_fused_native_batch_norm_0", "triton_red_fused_native_batch_norm_0"),
+        ("Memcpy DtoD (Device -> Device)", "Memcpy DtoD"),
+        (
+            "void cbn::map_kernel<cbn::Config<float, 4, false>, (cbn::Pass)1>(cbn::Arguments)",
+            "cbn::map_kernel<cbn::Config<float, 4, false>, (cbn::Pass)1>",
+        ),
+    ],
+)
+def test_kernel_names_are_shortened(name, short):
+    assert short_name(name) == short

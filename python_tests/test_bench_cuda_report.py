@@ -1,0 +1,188 @@
+"""What the CUDA benchmark makes of its rows: means, passes, targets, tables and files."""
+
+import csv
+from dataclasses import replace
+
+import pytest
+
+from bench import cuda_report, cuda_tables
+from bench.cuda_compare import CudaRow, Failure, KernelRow, Measured
+from bench.cuda_targets import Times, pass_percents, targets
+from bench.graphs import Environment
+from bench.harness import BACKWARD, BOTH, DIRECTIONS, EVALUATION, FORWARD, MemoryRow
+from bench.providers import (
+    BATCHNORM,
+    BATCHNORM_ADD_RELU,
+    BATCHNORM_RELU,
+    BATCHNORM_RELU_COMPILED,
+    OURS,
+    OURS_ADD_RELU,
+    OURS_RELU,
+    REFERENCE_COMPILED,
+    STREAMING,
+)
+
+COPY = 4000.0  # GB/s
+ENVIRONMENT = Environment("Some GPU 9", "555.1", "13.0", 91000, "2.11.0", "0.1.0", "2026-01-31", COPY)
+
+
+def cuda_row(**changes) -> CudaRow:
+    row = CudaRow(
+        OURS, "64x256x56x56", "float32", "contiguous", 4, "mixed", BOTH,
+        20.0, 18.0, 25.0, 7, 1500.0, 2.0, "cold", 37.5, 19.0, "k",
+    )  # fmt: skip
+    return replace(row, **changes)
+
+
+def rows_of(medians: dict[str, float], **changes) -> list[CudaRow]:
+    return [
+        cuda_row(
+            provider=name,
+            M=1 if name.startswith("BatchNorm2d") else 4,
+            median_us=median,
+            p20_us=0.9 * median,
+            p80_us=1.2 * median,
+            **changes,
+        )
+        for name, median in medians.items()
+    ]
+
+
+def test_means_are_geometric_over_the_shapes_that_both_have():
+    rows = rows_of({OURS: 10.0, BATCHNORM: 10.0})
+    rows += rows_of({OURS: 40.0, BATCHNORM: 10.0}, shape="64x64x56x56")
+    rows += rows_of({OURS: 99.0}, shape="64x512x28x28")
+    rows += rows_of({OURS: 99.0, BATCHNORM: 1.0}, data="saturated", shape="1x1x1x1")
+    rows += rows_of({OURS: 99.0, BATCHNORM: 1.0}, l2="hot", shape="1x1x1x2")
+    rows += [cuda_row(M=8, median_us=999.0)]
+    times = Times(rows)
+    assert times.mean(OURS, BATCHNORM, ("float32", "contiguous")) == pytest.approx(2.0)
+    assert times.mean(OURS, BATCHNORM, ("float32", "channels_last")) is None
+    assert times.worst(OURS, BATCHNORM) == pytest.approx(2.0)
+    assert Times(rows, "hot").mean(OURS, BATCHNORM, ("float32", "contiguous")) == pytest.approx(99.0)
+
+
+KERNELS = [
+    ("cbn::reduce_kernel<cbn::Config<float, 4, false>, (cbn::Pass)0>", FORWARD, 100.0),
+    ("cbn::map_kernel<cbn::Config<float, 4, false>, (cbn::Pass)1>", FORWARD, 125.0),
+    ("cbn::reduce_kernel<cbn::Config<float, 4, false>, (cbn::Pass)2>", BACKWARD, 100.0),
+    ("cbn::map_kernel<cbn::Config<float, 4, false>, (cbn::Pass)3>", BACKWARD, 200.0),
+    ("cbn::finish_kernel<float>", FORWARD, 1.0),
+]
+
+
+def kernel_rows(**changes) -> list[KernelRow]:
+    labels = {"provider": OURS, "shape": "64x256x56x56", "dtype": "float32", "layout": "contiguous", "M": 4}
+    return [
+        KernelRow(**labels | {"data": "mixed"} | changes, direction=direction, kernel=name, calls=1, device_us=time)
+        for name, direction, time in KERNELS
+    ]
+
+
+def test_passes_are_told_by_kernel_and_direction():
+    case = ("64x256x56x56", "float32", "contiguous")
+    mega = 64 * 256 * 56 * 56 * 4 / 1e6  # MB of x, and µs that it takes at 1 TB/s
+    rows = kernel_rows() + kernel_rows(provider=STREAMING) + kernel_rows(M=8)
+    assert pass_percents(rows, OURS, COPY) == {
+        ("statistics", *case): pytest.approx(mega / 100 / 4 * 100),
+        ("normalise", *case): pytest.approx(2 * mega / 125 / 4 * 100),
+        ("backward reduction", *case): pytest.approx(2 * mega / 100 / 4 * 100),
+        ("input gradient", *case): pytest.approx(3 * mega / 200 / 4 * 100),
+    }
+
+
+def test_targets_are_the_issues():
+    medians = {
+        OURS: 9.0, BATCHNORM: 10.0,
+        OURS_RELU: 8.0, BATCHNORM_RELU: 10.0, BATCHNORM_RELU_COMPILED: 7.0,
+        OURS_ADD_RELU: 8.0, BATCHNORM_ADD_RELU: 16.0, REFERENCE_COMPILED: 54.0,
+    }  # fmt: skip
+    rows = rows_of(medians)
+    rows += rows_of({OURS: 12.0, BATCHNORM: 10.0}, layout="channels_last")
+    rows += rows_of({OURS: 11.0, BATCHNORM: 10.0}, dtype="bfloat16")
+    rows += rows_of({OURS: 13.0, BATCHNORM: 10.0}, dtype="float16")
+    rows += rows_of({OURS: 5.0, BATCHNORM: 5.0}, direction=EVALUATION)
+    for l2, forward in (("cold", 5.5), ("hot", 3.0)):
+        for shape, direction, more in (("128x16x32x32", FORWARD, 0), ("128x64x8x8", BACKWARD, 1)):
+            rows += rows_of({OURS: forward + more}, l2=l2, shape=shape, direction=direction)
+    memory = [
+        MemoryRow(OURS, "1x1", "float32", "contiguous", 4, "mixed", 1000, 30, None),
+        MemoryRow(BATCHNORM, "1x1", "float32", "contiguous", 1, "mixed", 1000, 10, None),
+    ]
+    values = {t.what: (t.value, t.relation, t.limit) for t in targets(rows, memory, kernel_rows(), COPY)}
+    mega = 64 * 256 * 56 * 56 * 4 / 1e6
+
+    def percent(name: str) -> str:
+        return f"% of copy bandwidth, {name}, ResNet-50 shapes, float32"
+
+    slowest = "slowest CIFAR shape, dtype and layout, L2"
+    assert values == {
+        "forward+backward, cbn_ext / BatchNorm2d, float32": (pytest.approx(1.2), "≤", 1.0),
+        "forward+backward, cbn_ext / BatchNorm2d, 16-bit": (pytest.approx(1.3), "≤", 1.15),
+        "forward+backward, cbn_ext + ReLU / BatchNorm2d + ReLU": (pytest.approx(0.8), "≤", 0.8),
+        "forward+backward, cbn_ext + ReLU / BatchNorm2d + ReLU compiled": (pytest.approx(8 / 7), "≤", 1.0),
+        "forward+backward, cbn_ext + add + ReLU / BatchNorm2d + add + ReLU": (pytest.approx(0.5), "≤", 0.8),
+        "forward+backward, cbn_ext + add + ReLU / BatchNorm2d + add + ReLU compiled": (None, "≤", 1.0),
+        "forward+backward, reference compiled / cbn_ext": (pytest.approx(6.0), "≥", 5),
+        "evaluation forward, cbn_ext / BatchNorm2d": (pytest.approx(1.0), "≤", 1.1),
+        percent("statistics"): (pytest.approx(mega / 4), "≥", 80),
+        percent("normalise"): (pytest.approx(mega * 2 / 5), "≥", 80),
+        percent("backward reduction"): (pytest.approx(mega / 2), "≥", 80),
+        percent("input gradient"): (pytest.approx(mega * 3 / 8), "≥", 80),
+        f"µs, forward, {slowest} cold": (5.5, "≤", 6),
+        f"µs, forward, {slowest} hot": (3.0, "≤", 6),
+        f"µs, backward, {slowest} cold": (6.5, "≤", 6),
+        f"µs, backward, {slowest} hot": (4.0, "≤", 6),
+        "peak memory beyond input and output, cbn_ext / BatchNorm2d, worst case": (3.0, "≤", 1.0),
+        "peak memory in all, cbn_ext / BatchNorm2d, worst case": (pytest.approx(1030 / 1010), "≤", 1.0),
+    }
+
+
+def test_the_fastest_path_is_named():
+    rows = []
+    for direction, streaming in ((FORWARD, 20.0), (BACKWARD, 10.0), (BOTH, 30.0)):
+        rows += rows_of({OURS: 15.0, STREAMING: streaming}, direction=direction)
+    (section,) = cuda_tables.path_table(rows).sections
+    assert section == [
+        ["64x256x56x56 float32 contiguous", "15.0", "20.0", "", OURS, "15.0", "10.0", "", STREAMING],
+    ]
+
+
+def test_report_has_all_tables_failures_and_what_was_left_out(tmp_path):
+    times = []
+    for layout in ("contiguous", "channels_last"):
+        for direction in (*DIRECTIONS, EVALUATION):
+            times += rows_of({OURS: 15.0, BATCHNORM: 10.0}, direction=direction, layout=layout)
+    found = Measured(
+        times=times,
+        memory=[MemoryRow(OURS, "64x256x56x56", "float32", "contiguous", 4, "mixed", 9, 2 * 64 * 256 * 56 * 56, None)],
+        kernels=kernel_rows(),
+        failures=[Failure("reference", "somewhere", "OutOfMemoryError: too big", False)],
+        left_out=["1x1x1x1 float16 contiguous: all"],
+        seconds=12.3,
+    )
+    report = cuda_report.make_report(ENVIRONMENT, found)
+    report.write(tmp_path)
+    written = {path.name: path for path in tmp_path.iterdir()}
+    endings = (".csv", "-memory.csv", "-kernels.csv", "-float32.png", ".md")
+    assert set(written) == {"cuda-some-gpu-9" + ending for ending in endings}
+    summary = written["cuda-some-gpu-9.md"].read_text()
+    for line in (
+        "A copy on the device moves 4,000 GB/s. Measured in 12 s.",
+        "- FAILED: reference, somewhere: OutOfMemoryError: too big",
+        "- Left out, the time was over (1): 1x1x1x1 float16 contiguous: all",
+        "| forward+backward, cbn_ext / BatchNorm2d, float32 | 1.50 | ≤ 1 | missed |",
+        "| cbn_ext | 4 | 0.500 | 0.500 | 1 |",
+        "| 64x256x56x56 float32 contiguous | cbn_ext | 4 | forward | 15.0 | 19.0 | `k` |",
+    ):
+        assert line in summary
+    with written["cuda-some-gpu-9.csv"].open(newline="") as file:
+        row = next(csv.DictReader(file))
+    assert (row["l2"], row["driver"], row["copy_gb_per_s"], row["kernels"]) == ("cold", "555.1", "4000.0", "k")
+
+
+def test_a_report_of_nothing_is_written_too(tmp_path):
+    report = cuda_report.make_report(ENVIRONMENT, Measured(left_out=["all"]))
+    report.write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["cuda-some-gpu-9.md"]
+    assert "not measured" in (tmp_path / "cuda-some-gpu-9.md").read_text()

@@ -146,8 +146,7 @@ class _Matcher:
                 return True
             name, module = node.target.__name__, node.target.__module__ or "torch"
             known = module.split(".")[0] in ("torch", "_operator", "builtins", "math")
-            # `inplace` may be given by position.
-            return not known or name.endswith("_") or True in node.args
+            return not known or name.endswith("_")
         return False
 
 

@@ -146,7 +146,7 @@ def _fix_arguments(graph: fx.Graph, defaults: dict) -> None:
     for node in placeholders:
         # The suffix is from tracing, and so are the present users, an assertion.
         name = node.target.removesuffix("_1")
-        if name == node.target or name not in defaults:
+        if name not in defaults:
             continue
         node.target = name
         for user in list(node.users):

@@ -246,6 +246,7 @@ NOT_FUSED = {
     "in place into the other": (residual_overwritten, "norm", "in place"),
     "view of the input overwritten": (view_of_input_overwritten, "norm", "mul_, before the sum"),
     "difference": (lambda n, x: F.relu(n.norm(x) - x), "norm", "goes to sub"),
+    "difference in place": (lambda n, x: F.relu(operator.isub(n.norm(x), x)), "norm", "goes to isub"),
 }
 
 

@@ -28,7 +28,7 @@ struct Shared {
 
   double* totals;   // [3 or 2, M, K] sums of the block, components in natural order, as everywhere below
   double* merged;   // [3 or 2, M, K] sums of the cluster
-  double* density;  // [3, M, K] precision, peak and mean of the components
+  double* density;  // [3, M, K] precision, peak and mean of the components, in the same memory
   double* origin;   // [K]
   S* coefficients;  // [9, M, K] components in stored order
   S* results;       // [3, M, K] mass, mean and var, or [2, M, K] gradients of weight and bias
@@ -42,7 +42,7 @@ struct Shared {
     const SharedMemory at = shared_memory_of(M, K, sizeof(S));
     totals = reinterpret_cast<double*>(base + at.totals);
     merged = reinterpret_cast<double*>(base + at.merged);
-    density = reinterpret_cast<double*>(base + at.density);
+    density = reinterpret_cast<double*>(base + at.merged);
     origin = reinterpret_cast<double*>(base + at.origin);
     coefficients = reinterpret_cast<S*>(base + at.coefficients);
     results = reinterpret_cast<S*>(base + at.results);

@@ -49,8 +49,7 @@ struct Extent {
 // Offsets in bytes of a block's shared memory; K channels of the block. Shared by host and kernels.
 struct SharedMemory {
   unsigned totals;        // double [3, M, K] sums of the block
-  unsigned merged;        // double [3, M, K] sums of the cluster
-  unsigned density;       // double [3, M, K] log-densities of the components
+  unsigned merged;        // double [3, M, K] sums of the cluster, or, at other times, the components' log-densities
   unsigned coefficients;  // statistic [9, M, K]
   unsigned results;       // statistic [3, M, K]
   unsigned origin;        // double [K]
@@ -63,8 +62,7 @@ constexpr SharedMemory shared_memory_of(int components, int channels, int statis
   const unsigned items = components * channels;
   SharedMemory at{};
   at.merged = at.totals + 3 * 8 * items;
-  at.density = at.merged + 3 * 8 * items;
-  at.origin = at.density + 3 * 8 * items;
+  at.origin = at.merged + 3 * 8 * items;
   at.coefficients = at.origin + 8 * channels;
   at.results = at.coefficients + 9 * statistic_size * items;
   at.widest = at.results + 3 * statistic_size * items;
@@ -159,22 +157,22 @@ inline bool plan_resident(Plan& plan, const Extent& p, const Device& device) {
 }
 
 inline Plan plan_streaming(const Extent& p, const Device& device) {
-  Plan plan = block_of(p, kStreamingSegment, std::min(p.most_threads, kStreamingThreads));
-  const int elements_of_point = p.channels_last ? p.vector : 1;
-  const int64_t threads_of_point = p.channels_last ? plan.lanes : 1;
-  const auto splits_for = [&](int elements_of_thread) {
-    const int64_t points =
-        static_cast<int64_t>(plan.threads) / threads_of_point * elements_of_thread / elements_of_point;
-    return std::max<int64_t>(1, divide_up(p.points, std::max<int64_t>(1, points)));
-  };
-  int elements = kMostElementsOfThread;
   const int64_t wanted = static_cast<int64_t>(kBlocksOfMultiprocessor) * device.multiprocessors;
-  while (elements > kFewestElementsOfThread && plan.channel_blocks * splits_for(elements) < wanted) elements /= 2;
-  split(plan, p, splits_for(elements));
-  // Rounding to whole warps may have left splits without points.
-  plan.splits = std::max<int64_t>(1, divide_up(p.points, plan.points_of_split));
-  take_shared_memory(plan, p);
-  return plan;
+  for (int most_threads = std::min(p.most_threads, kStreamingThreads);; most_threads /= 2) {
+    Plan plan = block_of(p, kStreamingSegment, most_threads);
+    const int64_t chunks_of_step = step_of(plan, p) / (p.channels_last ? 1 : p.vector);
+    const auto splits_for = [&](int elements_of_thread) {
+      const int64_t chunks = std::max(1, elements_of_thread / p.vector) * chunks_of_step;
+      return divide_up(p.points, chunks * (p.channels_last ? 1 : p.vector));
+    };
+    int elements = kMostElementsOfThread;
+    while (elements > kFewestElementsOfThread && plan.channel_blocks * splits_for(elements) < wanted) elements /= 2;
+    split(plan, p, std::max<int64_t>(1, splits_for(elements)));
+    // Rounding to whole warps may have left splits without points.
+    plan.splits = std::max<int64_t>(1, divide_up(p.points, plan.points_of_split));
+    take_shared_memory(plan, p);
+    if (plan.shared <= static_cast<unsigned>(device.shared_memory) || most_threads == 2 * kWarp) return plan;
+  }
 }
 
 // Of a pass that reduces and then maps.

@@ -1,6 +1,7 @@
 """Decides what a build contains (CPU or CPU and CUDA, for which GPUs) and says why in one line."""
 
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from build_backend.toolkit import find_toolkit
 COMPILERS = ("c++", "g++", "clang++")
 # Where no GPU is there to ask: Ampere, whose code runs on Ada too, and Hopper; later ones start from the PTX.
 DEFAULT_ARCHS = ("8.0", "9.0+PTX")
+OLDEST_ARCH = (8, 0)  # that has the asynchronous copies of the kernels
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def resolve(
     TORCH_CUDA_ARCH_LIST names the architectures.
 
     Raises:
-        SystemExit: FORCE_CUDA=1 and CUDA cannot be built, or FORCE_CUDA has another value.
+        SystemExit: FORCE_CUDA=1 and CUDA cannot be built, FORCE_CUDA has another value, or TORCH_CUDA_ARCH_LIST names
+            an architecture that is too old.
     """
     force = os.environ.get("FORCE_CUDA", "")
     if force not in ("", "0", "1"):
@@ -72,6 +75,9 @@ def resolve(
         passed_over = f" (passed over: {'; '.join(rejected)})" if rejected else ""
         parts.append(f"CUDA toolkit {found}{passed_over}")
 
+    oldest = ".".join(map(str, OLDEST_ARCH))
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    usable = sorted({device for device in devices if device >= OLDEST_ARCH})
     obstacle = None
     if force == "0":
         obstacle = "FORCE_CUDA=0"
@@ -79,17 +85,21 @@ def resolve(
         obstacle = "this torch has no CUDA"
     elif toolkit is None:
         obstacle = "there is no toolkit"
+    elif devices and not usable and not asked:
+        obstacle = f"no GPU of compute capability {oldest} or newer"
     if obstacle is not None:
         if force == "1":
             raise SystemExit("; ".join([*parts, f"FORCE_CUDA=1, but {obstacle}"]))
         parts.append(f"CPU only: {obstacle}")
         return Plan("; ".join(parts), toolkit.home if toolkit else None, [])
 
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if asked:
-        archs, why = asked.replace(";", " ").split(), "TORCH_CUDA_ARCH_LIST"
+        archs, why = asked, "TORCH_CUDA_ARCH_LIST"
+        versions = (re.match(r"(\d+)\.(\d)", arch) for arch in archs)  # names such as Hopper are torch's
+        if any(version and tuple(map(int, version.groups())) < OLDEST_ARCH for version in versions):
+            raise SystemExit(f"cbn_ext: expected {oldest} or newer in TORCH_CUDA_ARCH_LIST, got {' '.join(asked)}")
     elif devices:
-        archs, why = [f"{major}.{minor}" for major, minor in sorted(set(devices))], "this machine's GPUs"
+        archs, why = [f"{major}.{minor}" for major, minor in usable], "this machine's GPUs"
     else:
         archs, why = list(DEFAULT_ARCHS), "no GPU here, the default"
     parts.append(f"CPU and CUDA for {' '.join(archs)} ({why})")

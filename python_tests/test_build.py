@@ -129,6 +129,21 @@ class TestResolve:
         assert plan.archs == ["8.6", "9.0"]
         assert plan.line.endswith("CPU and CUDA for 8.6 9.0 (this machine's GPUs)")
 
+    def test_gpu_that_is_too_old(self, machine):
+        make_toolkit(machine / "usual" / "cuda")
+        assert self.resolve(devices=[(7, 5), (9, 0)]).archs == ["9.0"]
+        plan = self.resolve(devices=[(7, 5)])
+        assert plan.line.endswith("CPU only: no GPU of compute capability 8.0 or newer")
+        assert plan.archs == []
+
+    def test_architecture_that_is_too_old(self, machine, monkeypatch):
+        make_toolkit(machine / "usual" / "cuda")
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;10.0")
+        with pytest.raises(SystemExit, match=r"expected 8\.0 or newer in TORCH_CUDA_ARCH_LIST, got 7\.5 10\.0"):
+            self.resolve()
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+        assert self.resolve(devices=[(7, 5)]).archs == ["Hopper"]
+
     def test_named_architectures(self, machine, monkeypatch):
         make_toolkit(machine / "usual" / "cuda")
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;10.0+PTX")

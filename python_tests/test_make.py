@@ -115,8 +115,8 @@ def gpu_steps(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
 
-    def main(*steps):
-        steps = [gpu.Step(name, ["sh", "-c", command], 1) for name, command in steps]
+    def main(*steps, seconds=1):
+        steps = [gpu.Step(name, ["sh", "-c", command], seconds) for name, command in steps]
         monkeypatch.setattr(gpu, "steps", lambda: steps)
         return gpu.main()
 
@@ -140,7 +140,8 @@ def test_gpu_steps_run_after_one_that_failed_and_the_end_tells(gpu_steps, capsys
 
 
 def test_gpu_steps_all_well(gpu_steps):
-    assert gpu_steps(("build", "true"), ("tests", "true")) == 0
+    # A step may know how long it has, with time to come to an end.
+    assert gpu_steps(("build", "true"), ("tests", "test {seconds} = 10"), seconds=30) == 0
 
 
 def test_gpu_steps_end_where_the_build_fails(gpu_steps, capsys):

@@ -98,20 +98,17 @@ def test_device_without_operators():
 
 
 def test_fallback_on_a_device_warns_once(monkeypatch):
-    """Also where it is asked for while torch.compile traces."""
-    monkeypatch.setattr(_extension, "_warned_devices", {"cpu"})
-    monkeypatch.setitem(_extension._load_errors, "cuda", "not built: no nvcc")
-
-    def program(x):
-        _extension.warn_of_fallback("cuda")
-        return x + 1
-
-    with pytest.warns(RuntimeWarning, match="no native operators for cuda, .* is used instead: not built: no nvcc"):
-        torch.compile(program, fullgraph=True, backend="eager")(torch.ones(2))
+    """As on a GPU whose operators were not built; also while torch.compile traces."""
+    monkeypatch.setattr(_extension, "_warned_devices", set())
+    monkeypatch.setitem(_extension._load_errors, "cpu", "not built: no nvcc")
+    layer, x = cbn_ext.CompoundBatchNorm2d(3).eval(), torch.randn(8, 3, 2, 2)
+    with pytest.warns(RuntimeWarning, match="no native operators for cpu, .* is used instead: not built: no nvcc"):
+        y = torch.compile(layer, fullgraph=True, backend="eager")(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        program(torch.ones(2))
-        _extension.warn_of_fallback("cpu")
+        assert torch.equal(layer(x), y)
+    with pytest.raises(RuntimeError, match="not available: not built: no nvcc"):
+        use_backend("native")
 
 
 def test_build_info():

@@ -8,11 +8,6 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("case", NATIVE_CASES, ids=str)
-def test_matches_oracle(case):
-    assert_results(run(case, "native", "cuda"), expected(case), case)
-
-
-@pytest.mark.parametrize("case", NATIVE_CASES, ids=str)
 def test_every_path_matches_oracle(case, path):
     assert_results(run(case, "native", "cuda"), expected(case), case)
 
@@ -38,8 +33,8 @@ def test_every_number_of_components(components, layout, dtype, path):
         (128, 16, 32, 32),
         (128, 64, 8, 8),
         (16, 64, 112, 112),
-        (32, 256, 56, 56),
-        (64, 512, 28, 28),
+        (16, 256, 56, 56),
+        (16, 512, 28, 28),
         (64, 1024, 14, 14),
         (64, 2048, 7, 7),
         (1, 3, 1031, 1033),

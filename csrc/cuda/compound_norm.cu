@@ -24,7 +24,7 @@ __global__ void finish_kernel(const __grid_constant__ Arguments a) {
   const int64_t size = a.components * a.channels;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   if (i >= size) return;
-  double sums[kKinds] = {}, result[kKinds];
+  double sums[kKinds] = {};
   for (int64_t split = threadIdx.x % kWarp; split < a.splits; split += kWarp)
     for (int kind = 0; kind < kKinds; ++kind) sums[kind] += a.partials[(split * kKinds + kind) * size + i];
   for (int kind = 0; kind < kKinds; ++kind) sums[kind] = warp_sum(sums[kind], 1);
@@ -32,15 +32,10 @@ __global__ void finish_kernel(const __grid_constant__ Arguments a) {
   const Component<S> component{a, i};
   const double origin = a.splits ? a.origins[i % a.channels] : 0;
   if constexpr (kForward) {
-    if (a.training) {
-      component.finish_moments(sums, origin, result);
-      for (int kind = 0; kind < kKinds; ++kind) component.write(a.batch, kind, result[kind]);
-    }
+    if (a.training) component.write_batch(component.finish_moments(sums, origin));
     component.keep_running();
   } else {
-    component.finish_gradients(sums, origin, result);
-    component.write(a.grad_weight, 0, result[0]);
-    component.write(a.grad_bias, 0, result[1]);
+    component.write_gradients(component.finish_weight_gradient(sums, origin, component.used()), sums[0]);
   }
 }
 

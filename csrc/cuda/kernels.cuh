@@ -3,7 +3,6 @@
 #pragma once
 
 #include "reduce.cuh"
-#include "statistics.cuh"
 
 namespace cbn {
 
@@ -25,42 +24,59 @@ struct Slots {
 
 enum class Source { kStream, kFetchAndKeep, kKept };
 
-// Calls visit(walk, x, second, slot) for the thread's chunks, those without elements included: every thread of the
-// block takes part in each. They stream through a ring of slots, or each has a slot of its own, in which it is
-// kept for another pass. A thread reads its own chunks only, and is done with x's slot when visit is called.
-template <class C, Pass pass, Source source, class Visit>
-__device__ __forceinline__ void for_each_chunk(const Block<C>& block, const Shared<C>& shared, Visit visit) {
-  const Arguments& a = block.a;
-  const Slots<C> slots(block, shared);
-  const int iterations = block.iterations();
-  const auto slot_of = [](int i) { return source == Source::kStream ? i % (kChunksAhead + 1) : i; };
-  Walk<C> walk(block), ahead = walk;
-  // What is kept is for the second pass too.
-  const bool needs_residual = pass == Pass::kNormalise || source == Source::kFetchAndKeep;
-  const void* second = reads_gradient(pass) ? a.grad : needs_residual ? a.residual : nullptr;
-  const auto fetch = [&](int i) {
-    if (source != Source::kKept && i < iterations && ahead.count() > 0) {
-      ahead.fetch(slots(0, slot_of(i)), a.x);
-      if (second) ahead.fetch(slots(1, slot_of(i)), second);
+// The thread's chunks, which stream through a ring of slots, or each have a slot of their own, in which they are kept
+// for another pass. The first ones are on their way from the start, while the coefficients are prepared. A thread reads
+// its own chunks only.
+template <class C, Pass pass, Source source>
+struct Chunks {
+  using Chunk = typename Walk<C>::Chunk;
+  static constexpr int kAhead = source == Source::kStream ? kChunksAhead : kResidentChunksAhead;
+
+  const Block<C>& block;
+  Slots<C> slots;
+  Walk<C> walk, ahead;
+  int iterations;
+  const void* second;
+
+  __device__ __forceinline__ Chunks(const Block<C>& block, const Shared<C>& shared, const Walk<C>& start)
+      : block(block), slots(block, shared), walk(start), ahead(start), iterations(block.iterations()) {
+    // What is kept is for the second pass too.
+    const bool needs_residual = pass == Pass::kNormalise || source == Source::kFetchAndKeep;
+    second = reads_gradient(pass) ? block.a.grad : needs_residual ? block.a.residual : nullptr;
+    if (source != Source::kKept)
+      for (int i = 0; i < kAhead; ++i) fetch<false>(i);
+  }
+
+  static __device__ __forceinline__ int slot_of(int i) { return source == Source::kStream ? i % (kAhead + 1) : i; }
+
+  template <bool kPlain>
+  __device__ __forceinline__ void fetch(int i) {
+    if (i < iterations && ahead.template count<kPlain>() > 0) {
+      ahead.template fetch<kPlain>(slots(0, slot_of(i)), block.a.x);
+      if (reads_gradient(pass) || (!kPlain && second)) ahead.template fetch<kPlain>(slots(1, slot_of(i)), second);
       ahead.advance();
     }
     commit_copies();
-  };
-  if (source != Source::kKept)
-    for (int i = 0; i < kChunksAhead; ++i) fetch(i);
-  for (int i = 0; i < iterations; ++i) {
-    if (source != Source::kKept) {
-      fetch(i + kChunksAhead);
-      wait_for_copies<kChunksAhead>();
-    }
-    typename Walk<C>::Chunk x = *slots(0, slot_of(i)), other;
-    if (reads_gradient(pass) || second) other = *slots(1, slot_of(i));
-    visit(walk, x, other, slots(0, slot_of(i)));
-    walk.advance();
   }
-}
 
-// The coefficients of a thread's channels for one pass, in registers.
+  // Calls visit(walk, x, second, slot) for all chunks, those without elements included: every thread of the block
+  // takes part in each. x's slot is free then.
+  template <bool kPlain, class Visit>
+  __device__ __forceinline__ void for_each(Visit visit) {
+    for (int i = 0; i < iterations; ++i) {
+      if (source != Source::kKept) {
+        fetch<kPlain>(i + kAhead);
+        wait_for_copies<kAhead>();
+      }
+      Chunk x = *slots(0, slot_of(i)), other;
+      if (reads_gradient(pass) || (!kPlain && second)) other = *slots(1, slot_of(i));
+      visit(walk, x, other, slots(0, slot_of(i)));
+      walk.advance();
+    }
+  }
+};
+
+// The E-step's coefficients of a thread's channels, in registers.
 template <class C, bool kBounded>
 struct EStep {
   using S = typename C::S;
@@ -101,33 +117,57 @@ struct Groups {
   }
 };
 
+// The element loops have three forms. Most layers take the plain one: bounded odds, whole chunks, nothing fused. The
+// others decide at run time what else is to be done, with bounded odds or without.
+struct Form {
+  bool bounded, plain;
+
+  // Calls run(bool_constant<bounded>, bool_constant<plain>).
+  template <class Run>
+  __device__ __forceinline__ void choose(Run run) const {
+    if (plain)
+      run(std::true_type{}, std::true_type{});
+    else if (bounded)
+      run(std::true_type{}, std::false_type{});
+    else
+      run(std::false_type{}, std::false_type{});
+  }
+};
+
+template <class C>
+__device__ __forceinline__ Form form_of(const Arguments& a, bool bounded) {
+  return {bounded, bounded && a.run == C::V && !a.relu && !a.residual};
+}
+
 // Sums of the thread's elements: Moments or GradientSums of each of its channels.
-template <class C, Pass pass, Source source, bool kBounded, class Sums>
-__device__ __forceinline__ void reduce(const Block<C>& block, const Shared<C>& shared, Sums (&sums)[C::kChannels]) {
-  using Chunk = typename Walk<C>::Chunk;
+template <class C, Pass pass, bool kBounded, bool kPlain, class Work, class Sums>
+__device__ __forceinline__ void reduce(const Block<C>& block, const Shared<C>& shared, Work& chunks,
+                                       Sums (&sums)[C::kChannels]) {
   using S = typename C::S;
+  using Chunk = typename Walk<C>::Chunk;
   const Arguments& a = block.a;
   const EStep<C, kBounded> e_step(block, shared);
   Branches<S, C::M> branches[C::kChannels];
-  if (pass == Pass::kGradientSums) load_coefficients(block, shared, 3, branches);
-  for_each_chunk<C, pass, source>(block, shared, [&](const Walk<C>& walk, const Chunk& x, const Chunk& grad, Chunk*) {
-    const int count = walk.count();
+  if (pass == Pass::kGradientSums && !kPlain) load_coefficients(block, shared, 3, branches);
+  chunks.template for_each<kPlain>([&](const Walk<C>& walk, const Chunk& x, const Chunk& grad, Chunk*) {
+    const int count = walk.template count<kPlain>();
     if (count == 0) return;
     const Groups<C> groups(walk, !kBounded && a.groups);
-    const unsigned bits = pass == Pass::kGradientSums && a.mask ? walk.load_mask() : 0;
+    const unsigned bits = !kPlain && pass == Pass::kGradientSums && a.mask ? walk.load_mask() : 0;
     CBN_UNROLL
     for (int v = 0; v < C::V; ++v) {
       const int channel = C::kChannelsLast ? v : 0;
       const S z = static_cast<S>(x.element[v]) - e_step.origin[channel];
       S e[C::M];
       const S sum = e_step.unnormalised(channel, z, groups.of[v], e);
+      S inverse = C::M == 1 ? S(1) : Math<S>::reciprocal(sum);
       // A point that does not exist has no responsibilities.
-      const S inverse = v >= count ? S(0) : C::M == 1 ? S(1) : Math<S>::reciprocal(sum);
+      if (!kPlain && v >= count) inverse = 0;
       if constexpr (pass == Pass::kMoments) {
         accumulate(sums[channel], e, inverse, z);
       } else {
         S g = static_cast<S>(grad.element[v]);
-        if (a.relu) {
+        if (!kPlain && a.relu) {
           const bool passed = a.mask ? bits >> v & 1 : passes_relu(combine(branches[channel], e, z));
           g = passed ? g : S(0);
         }
@@ -137,138 +177,128 @@ __device__ __forceinline__ void reduce(const Block<C>& block, const Shared<C>& s
   });
 }
 
-template <class C, Source source, bool kBounded>
-__device__ __forceinline__ void normalise(const Block<C>& block, const Shared<C>& shared) {
-  using Chunk = typename Walk<C>::Chunk;
+template <class C, bool kBounded, bool kPlain, class Work>
+__device__ __forceinline__ void normalise(const Block<C>& block, const Shared<C>& shared, Work& chunks) {
   using S = typename C::S;
   using E = typename C::Element;
+  using Chunk = typename Walk<C>::Chunk;
   const Arguments& a = block.a;
   const EStep<C, kBounded> e_step(block, shared);
   Branches<S, C::M> branches[C::kChannels];
   load_coefficients(block, shared, 3, branches);
-  for_each_chunk<C, Pass::kNormalise, source>(
-      block, shared, [&](const Walk<C>& walk, const Chunk& x, const Chunk& residual, Chunk* slot) {
-        const int count = walk.count();
-        const Groups<C> groups(walk, !kBounded && a.groups);
-        Chunk out;
-        unsigned bits = 0;
-        CBN_UNROLL
-        for (int v = 0; v < C::V; ++v) {
-          const int channel = C::kChannelsLast ? v : 0;
-          const S z = static_cast<S>(x.element[v]) - e_step.origin[channel];
-          S e[C::M];
-          const S sum = e_step.unnormalised(channel, z, groups.of[v], e);
-          S y = combine(branches[channel], e, z);
-          if (C::M > 1) y *= Math<S>::reciprocal(sum);
-          if (a.residual) y += static_cast<S>(residual.element[v]);
-          if (a.relu) {
-            const bool passed = passes_relu(y);
-            y = passed ? y : S(0);
-            bits |= (v < count && passed) << v;
-          }
-          out.element[v] = static_cast<E>(y);
-        }
-        if (count > 0) walk.store(a.out, out, slot);
-        if (a.mask) walk.store_mask(bits);
-      });
+  chunks.template for_each<kPlain>([&](const Walk<C>& walk, const Chunk& x, const Chunk& residual, Chunk* slot) {
+    const int count = walk.template count<kPlain>();
+    const Groups<C> groups(walk, !kBounded && a.groups);
+    Chunk out;
+    unsigned bits = 0;
+    CBN_UNROLL
+    for (int v = 0; v < C::V; ++v) {
+      const int channel = C::kChannelsLast ? v : 0;
+      const S z = static_cast<S>(x.element[v]) - e_step.origin[channel];
+      S e[C::M];
+      const S sum = e_step.unnormalised(channel, z, groups.of[v], e);
+      S y = combine(branches[channel], e, z);
+      if (C::M > 1) y *= Math<S>::reciprocal(sum);
+      if (!kPlain && a.residual) y += static_cast<S>(residual.element[v]);
+      if (!kPlain && a.relu) {
+        const bool passed = passes_relu(y);
+        y = passed ? y : S(0);
+        bits |= (v < count && passed) << v;
+      }
+      out.element[v] = static_cast<E>(y);
+    }
+    if (count > 0) walk.template store<kPlain>(a.out, out, slot);
+    if (!kPlain && a.mask) walk.store_mask(bits);
+  });
 }
 
-template <class C, Source source, bool kBounded>
-__device__ __forceinline__ void differentiate(const Block<C>& block, const Shared<C>& shared) {
-  using Chunk = typename Walk<C>::Chunk;
+template <class C, bool kBounded, bool kPlain, class Work>
+__device__ __forceinline__ void differentiate(const Block<C>& block, const Shared<C>& shared, Work& chunks,
+                                              bool constant) {
   using S = typename C::S;
   using E = typename C::Element;
+  using Chunk = typename Walk<C>::Chunk;
   const Arguments& a = block.a;
   const EStep<C, kBounded> e_step(block, shared);
   InputGradient<S, C::M> coefficients[C::kChannels];
   load_coefficients(block, shared, 3, coefficients);
-  // Assigned responsibilities do not depend on x.
-  const bool constant = a.detach_responsibility || a.groups;
-  for_each_chunk<C, Pass::kInputGradient, source>(
-      block, shared, [&](const Walk<C>& walk, const Chunk& x, const Chunk& grad, Chunk* slot) {
-        if (walk.count() == 0) return;
-        const Groups<C> groups(walk, !kBounded && a.groups);
-        const unsigned bits = a.mask ? walk.load_mask() : 0;
-        Chunk out, gated;
-        CBN_UNROLL
-        for (int v = 0; v < C::V; ++v) {
-          const int channel = C::kChannelsLast ? v : 0;
-          const S z = static_cast<S>(x.element[v]) - e_step.origin[channel];
-          S p[C::M];
-          e_step.responsibilities(channel, z, groups.of[v], p);
-          S g = static_cast<S>(grad.element[v]);
-          if (a.relu) {
-            const bool passed = a.mask ? bits >> v & 1 : passes_relu(combine(coefficients[channel], p, z));
-            g = passed ? g : S(0);
-          }
-          gated.element[v] = static_cast<E>(g);
-          out.element[v] =
-              static_cast<E>(input_gradient<kBounded>(e_step.odds[channel], coefficients[channel], p, z, g, constant));
-        }
-        walk.store(a.out, out, slot);
-        if (a.grad_residual) walk.store(a.grad_residual, gated, slot);
-      });
+  chunks.template for_each<kPlain>([&](const Walk<C>& walk, const Chunk& x, const Chunk& grad, Chunk* slot) {
+    if (walk.template count<kPlain>() == 0) return;
+    const Groups<C> groups(walk, !kBounded && a.groups);
+    const unsigned bits = !kPlain && a.mask ? walk.load_mask() : 0;
+    Chunk out, gated;
+    CBN_UNROLL
+    for (int v = 0; v < C::V; ++v) {
+      const int channel = C::kChannelsLast ? v : 0;
+      const S z = static_cast<S>(x.element[v]) - e_step.origin[channel];
+      S p[C::M];
+      e_step.responsibilities(channel, z, groups.of[v], p);
+      S g = static_cast<S>(grad.element[v]);
+      if (!kPlain && a.relu) {
+        const bool passed = a.mask ? bits >> v & 1 : passes_relu(combine(coefficients[channel], p, z));
+        g = passed ? g : S(0);
+      }
+      gated.element[v] = static_cast<E>(g);
+      out.element[v] =
+          static_cast<E>(input_gradient<kBounded>(e_step.odds[channel], coefficients[channel], p, z, g, constant));
+    }
+    walk.template store<kPlain>(a.out, out, slot);
+    if (!kPlain && a.grad_residual) walk.template store<kPlain>(a.grad_residual, gated, slot);
+  });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Whole passes of a block
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Sums of the block's points in shared.totals.
+// The sums of the block's points in shared.totals, and the form of the loops.
 template <class C, Pass pass, Source source>
-__device__ __forceinline__ bool reduce_block(const Block<C>& block, const Shared<C>& shared) {
+__device__ __forceinline__ Form reduce_block(const Block<C>& block, const Shared<C>& shared, const Walk<C>& start) {
   using S = typename C::S;
-  const Global<C> global{block.a, block.first_channel};
-  const bool bounded = prepare<C, pass>(block, shared, global.used(), global.gradients());
+  const Arguments& a = block.a;
+  Chunks<C, pass, source> chunks(block, shared, start);
+  const Form form = form_of<C>(a, prepare_odds<C, pass>(block, shared));
+  if (pass == Pass::kGradientSums && a.relu && !a.mask) {
+    for_each_component(block, shared, [&](int m, int j, const Component<S>& component) {
+      store_branch(shared, m, j, component, component.used());
+    });
+    __syncthreads();
+  }
   std::conditional_t<pass == Pass::kMoments, Moments<S, C::M>, GradientSums<S, C::M>> sums[C::kChannels] = {};
-  if (bounded)
-    reduce<C, pass, source, true>(block, shared, sums);
-  else
-    reduce<C, pass, source, false>(block, shared, sums);
+  form.choose(
+      [&](auto bounded, auto plain) { reduce<C, pass, bounded.value, plain.value>(block, shared, chunks, sums); });
   block_sum(block, shared, sums);
-  return bounded;
+  return form;
 }
 
-template <class C, Pass pass, Source source>
-__device__ __forceinline__ void map_block(const Block<C>& block, const Shared<C>& shared,
-                                          const Statistics<typename C::S>& used,
-                                          const Statistics<typename C::S>& gradients) {
-  const bool bounded = prepare<C, pass>(block, shared, used, gradients);
-  if constexpr (pass == Pass::kNormalise) {
-    if (bounded)
-      normalise<C, source, true>(block, shared);
+// The output or the input's gradient of the block's points, when the coefficients are there.
+template <class C, Pass pass, class Work>
+__device__ __forceinline__ void map_block(const Block<C>& block, const Shared<C>& shared, Work& chunks, Form form) {
+  // Assigned responsibilities do not depend on x.
+  const bool constant = block.a.detach_responsibility || block.a.groups;
+  form.choose([&](auto bounded, auto plain) {
+    if constexpr (pass == Pass::kNormalise)
+      normalise<C, bounded.value, plain.value>(block, shared, chunks);
+    else if (plain.value && constant)
+      differentiate<C, bounded.value, plain.value>(block, shared, chunks, true);
     else
-      normalise<C, source, false>(block, shared);
-  } else {
-    if (bounded)
-      differentiate<C, source, true>(block, shared);
-    else
-      differentiate<C, source, false>(block, shared);
-  }
+      differentiate<C, bounded.value, plain.value>(block, shared, chunks, !plain.value && constant);
+  });
 }
 
-// Calls visit(m, j, i) for the components of the block's channels; i indexes [M, C].
-template <class C, class Visit>
-__device__ __forceinline__ void for_each_component(const Block<C>& block, const Shared<C>& shared, Visit visit) {
-  for (int item = threadIdx.x; item < block.a.components * shared.K; item += blockDim.x) {
-    const int m = item / shared.K, j = item % shared.K;
-    const int64_t channel = block.first_channel + j;
-    if (channel < block.a.channels) visit(m, j, m * block.a.channels + channel);
-  }
-}
-
-// The streaming reductions: the sums of each split, and what they are relative to, for the kernel that finishes
-// them. Neighbouring blocks take neighbouring channels: together they read connected memory.
+// The streaming reductions: the sums of each split, and what they are relative to, for the kernel that finishes them.
+// Neighbouring blocks take neighbouring channels: together they read connected memory.
 template <class C, Pass pass>
 __global__ void __launch_bounds__(C::kThreads, 1) reduce_kernel(const __grid_constant__ Arguments a) {
+  using S = typename C::S;
+  constexpr int kKinds = pass == Pass::kMoments ? kMomentSums : kGradientSums;
   const Block<C> block(a, blockIdx.x % a.channel_blocks, blockIdx.x / a.channel_blocks);
   const Shared<C> shared(block.channels);
-  reduce_block<C, pass, Source::kStream>(block, shared);
-  constexpr int kKinds = pass == Pass::kMoments ? kMomentSums : kGradientSums;
-  for_each_component(block, shared, [&](int m, int j, int64_t i) {
+  reduce_block<C, pass, Source::kStream>(block, shared, Walk<C>(block));
+  for_each_component(block, shared, [&](int m, int j, const Component<S>& component) {
     const int64_t size = a.components * a.channels;
     for (int kind = 0; kind < kKinds; ++kind)
-      a.partials[(block.split * kKinds + kind) * size + i] = shared.totals[(kind * C::M + m) * shared.K + j];
+      a.partials[(block.split * kKinds + kind) * size + component.i] = shared.totals[(kind * C::M + m) * shared.K + j];
     if (m == 0 && block.split == 0) a.origins[block.first_channel + j] = shared.origin[j];
   });
 }
@@ -276,13 +306,23 @@ __global__ void __launch_bounds__(C::kThreads, 1) reduce_kernel(const __grid_con
 // The second passes: in the reverse order, because what the first pass read last is still in the cache.
 template <class C, Pass pass>
 __global__ void __launch_bounds__(C::kThreads, 1) map_kernel(const __grid_constant__ Arguments a) {
+  using S = typename C::S;
   const unsigned number = gridDim.x - 1 - blockIdx.x;
   const Block<C> block(a, number % a.channel_blocks, number / a.channel_blocks);
   const Shared<C> shared(block.channels);
-  const Global<C> global{a, block.first_channel};
-  map_block<C, pass, Source::kStream>(block, shared, global.used(), global.gradients());
-  if (pass == Pass::kNormalise && !a.training && block.split == 0)
-    for_each_component(block, shared, [&](int, int, int64_t i) { Component<typename C::S>{a, i}.keep_running(); });
+  Chunks<C, pass, Source::kStream> chunks(block, shared, Walk<C>(block));
+  const Form form = form_of<C>(a, prepare_odds<C, pass>(block, shared));
+  for_each_component(block, shared, [&](int m, int j, const Component<S>& component) {
+    if constexpr (pass == Pass::kNormalise) {
+      store_branch(shared, m, j, component, component.used());
+      if (!a.training && block.split == 0) component.keep_running();
+    } else {
+      store_gradient(shared, m, j, component, component.used(), component.read(a.grad_weight, 0),
+                     component.read(a.grad_bias, 0));
+    }
+  });
+  __syncthreads();
+  map_block<C, pass>(block, shared, chunks, form);
 }
 
 // Both passes of a direction in one cluster for each block of channels: forward with kNormalise, backward with
@@ -294,30 +334,30 @@ __global__ void __launch_bounds__(C::kThreads, 1) resident_kernel(const __grid_c
   constexpr int kKinds = kForward ? kMomentSums : kGradientSums;
   const Block<C> block(a, blockIdx.x / a.splits, cluster_rank());
   const Shared<C> shared(block.channels);
-  reduce_block<C, kForward ? Pass::kMoments : Pass::kGradientSums, Source::kFetchAndKeep>(block, shared);
-  cluster_sum(shared, kKinds);
-  for_each_component(block, shared, [&](int m, int j, int64_t i) {
-    const Component<S> component{a, i};
-    double sums[kKinds], result[kKinds];
-    for (int kind = 0; kind < kKinds; ++kind) sums[kind] = shared.merged[(kind * C::M + m) * shared.K + j];
-    if constexpr (kForward)
-      component.finish_moments(sums, shared.origin[j], result);
-    else
-      component.finish_gradients(sums, shared.origin[j], result);
-    for (int kind = 0; kind < kKinds; ++kind)
-      shared.results[(kind * C::M + m) * shared.K + j] = static_cast<S>(result[kind]);
-    if (block.split > 0) return;
+  const Walk<C> start(block);
+  const Form form =
+      reduce_block<C, kForward ? Pass::kMoments : Pass::kGradientSums, Source::kFetchAndKeep>(block, shared, start);
+  cluster_sync();
+  for_each_component(block, shared, [&](int m, int j, const Component<S>& component) {
+    double sums[kKinds];
+    for (int kind = 0; kind < kKinds; ++kind) sums[kind] = cluster_total(shared, (kind * C::M + m) * shared.K + j);
+    const bool writes = block.split == 0;
     if constexpr (kForward) {
-      for (int kind = 0; kind < kKinds; ++kind) component.write(a.batch, kind, result[kind]);
-      component.keep_running();
+      const Used used = component.finish_moments(sums, shared.origin[j]);
+      store_branch(shared, m, j, component, used);
+      if (writes) component.write_batch(used);
+      if (writes) component.keep_running();
     } else {
-      component.write(a.grad_weight, 0, result[0]);
-      component.write(a.grad_bias, 0, result[1]);
+      const Used used = component.used();
+      const double grad_weight = component.finish_weight_gradient(sums, shared.origin[j], used);
+      store_gradient(shared, m, j, component, used, grad_weight, sums[0]);
+      if (writes) component.write_gradients(grad_weight, sums[0]);
     }
   });
-  const Global<C> global{a, block.first_channel};
-  map_block<C, pass, Source::kKept>(block, shared, kForward ? shared.statistics() : global.used(),
-                                    kForward ? global.gradients() : shared.statistics());
+  __syncthreads();
+  Chunks<C, pass, Source::kKept> chunks(block, shared, start);
+  map_block<C, pass>(block, shared, chunks, form);
+  cluster_sync();  // no block ends while others read its totals
 }
 
 template <class E, int M, bool kChannelsLast>

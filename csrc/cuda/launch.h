@@ -15,8 +15,11 @@ constexpr int kWarp = 32;
 // Sums of a thread are kept in the statistics' type for at most so many elements, then in double.
 constexpr int kMostElementsOfThread = 128;
 constexpr int kFewestElementsOfThread = 16;
-// Chunks that a thread has under way while it works on one.
+// Chunks that a thread has under way while it works on one; the resident path has room for more.
 constexpr int kChunksAhead = 3;
+constexpr int kResidentChunksAhead = 8;
+// Warps that add their sums at a time.
+constexpr int kSumRows = 4;
 constexpr int kStreamingThreads = 256;
 // Blocks for each multiprocessor that the streaming path tries to have: several run at once, and the last ones
 // to end should be few among many.
@@ -49,10 +52,10 @@ struct Extent {
 // Offsets in bytes of a block's shared memory; K channels of the block. Shared by host and kernels.
 struct SharedMemory {
   unsigned totals;        // double [3, M, K] sums of the block
-  unsigned merged;        // double [3, M, K] sums of the cluster, or, at other times, the components' log-densities
-  unsigned coefficients;  // statistic [9, M, K]
-  unsigned results;       // statistic [3, M, K]
+  unsigned density;       // double [3, M, K] log-densities of the components
   unsigned origin;        // double [K]
+  unsigned rows;          // statistic [kSumRows, 3, M, K] sums of some of the block's warps
+  unsigned coefficients;  // statistic [9, M, K]
   unsigned widest;        // int [K]
   unsigned flag;          // int
   unsigned values;        // elements, [slots, threads] chunks of each tensor that is read
@@ -61,11 +64,11 @@ struct SharedMemory {
 constexpr SharedMemory shared_memory_of(int components, int channels, int statistic_size) {
   const unsigned items = components * channels;
   SharedMemory at{};
-  at.merged = at.totals + 3 * 8 * items;
-  at.origin = at.merged + 3 * 8 * items;
-  at.coefficients = at.origin + 8 * channels;
-  at.results = at.coefficients + 9 * statistic_size * items;
-  at.widest = at.results + 3 * statistic_size * items;
+  at.density = at.totals + 3 * 8 * items;
+  at.origin = at.density + 3 * 8 * items;
+  at.rows = at.origin + 8 * channels;
+  at.coefficients = at.rows + kSumRows * 3 * statistic_size * items;
+  at.widest = at.coefficients + 9 * statistic_size * items;
   at.flag = at.widest + 4 * channels;
   at.values = (at.flag + 4 + 15) / 16 * 16;
   return at;

@@ -130,8 +130,10 @@ struct Walk {
     }
   }
 
-  // Elements of the chunk that exist; the first ones.
+  // Elements of the chunk that exist; the first ones. Where chunks are `whole`, all or none.
+  template <bool kWhole = false>
   __device__ __forceinline__ int count() const {
+    if (kWhole) return point < block.length && (!C::kChannelsLast || block.channel() < block.a.channels) ? V : 0;
     if (point >= block.length) return 0;
     const int64_t left = C::kChannelsLast ? block.a.channels - block.channel() : block.length - point;
     return left < 0 ? 0 : left < V ? static_cast<int>(left) : V;
@@ -157,10 +159,11 @@ struct Walk {
   }
 
   // Starts to copy the chunk of a tensor to shared memory; elements that do not exist become 0.
+  template <bool kWhole>
   __device__ __forceinline__ void fetch(Chunk* to, const void* from) const {
     const E* elements = static_cast<const E*>(from);
     const int run = block.a.run, bytes = run * static_cast<int>(sizeof(E));
-    if (run == V && sizeof(Chunk) >= 4) {
+    if ((kWhole || run == V) && sizeof(Chunk) >= 4) {
       copy_async(to, elements + offset, sizeof(Chunk));
       return;
     }
@@ -176,10 +179,11 @@ struct Walk {
   }
 
   // Stores the chunk; `through` is shared memory of the thread.
+  template <bool kWhole>
   __device__ __forceinline__ void store(void* to, const Chunk& chunk, Chunk* through) const {
     E* elements = static_cast<E*>(to);
     const int run = block.a.run, bytes = run * static_cast<int>(sizeof(E));
-    if (run == V) {
+    if (kWhole || run == V) {
       store_global(reinterpret_cast<Chunk*>(elements + offset), chunk);
       return;
     }

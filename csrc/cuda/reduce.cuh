@@ -13,42 +13,55 @@ __device__ __forceinline__ T warp_sum(T value, int lanes) {
 }
 
 // Adds up the threads' sums, a struct of arrays [kinds, M] for each of a thread's channels, components in stored
-// order, to shared.totals [kinds, M, K] in natural order. One warp after the other adds: this needs no more
-// memory than the result.
+// order, to shared.totals [kinds, M, K] in natural order. A few warps at a time add to a row each, which takes little
+// memory and few barriers; then the rows are added.
 template <class C, class Sums>
-__device__ __forceinline__ void block_sum(const Block<C>& block, const Shared<C>& shared,
-                                          const Sums (&sums)[C::kChannels]) {
+__device__ __forceinline__ void block_sum(const Block<C>& block, const Shared<C>& shared, Sums (&sums)[C::kChannels]) {
   using S = typename C::S;
   constexpr int kValues = sizeof(Sums) / sizeof(S);
   const int lanes = C::kChannelsLast ? block.a.lanes : 1;
-  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) {
-    if (threadIdx.x / kWarp == warp) {
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, size = kValues * shared.K;
+  CBN_UNROLL
+  for (int channel = 0; channel < C::kChannels; ++channel) {
+    S* values = reinterpret_cast<S*>(&sums[channel]);
+    CBN_UNROLL
+    for (int i = 0; i < kValues; ++i) values[i] = warp_sum(values[i], lanes);
+  }
+  for (int first = 0; first < warps; first += kSumRows) {
+    if (warp >= first && warp < first + kSumRows && threadIdx.x % kWarp < lanes) {
       CBN_UNROLL
       for (int channel = 0; channel < C::kChannels; ++channel) {
         const int j = block.lane * C::kChannels + channel, widest = shared.widest[j];
         CBN_UNROLL
         for (int i = 0; i < kValues; ++i) {
-          const double sum = warp_sum(static_cast<double>(reinterpret_cast<const S*>(&sums[channel])[i]), lanes);
           const int kind = i / C::M, m = stored_at(i % C::M, widest);
-          double& total = shared.totals[(kind * C::M + m) * shared.K + j];
-          if (threadIdx.x % kWarp < lanes) total = warp == 0 ? sum : total + sum;
+          S& sum = shared.rows[(warp - first) * size + (kind * C::M + m) * shared.K + j];
+          const S value = reinterpret_cast<const S*>(&sums[channel])[i];
+          sum = first == 0 ? value : sum + value;
         }
       }
     }
     __syncthreads();
   }
+  for (int i = threadIdx.x; i < size; i += blockDim.x) {
+    double total = 0;
+    for (int row = 0; row < kSumRows && row < warps; ++row) total += static_cast<double>(shared.rows[row * size + i]);
+    shared.totals[i] = total;
+  }
+  __syncthreads();
 }
 
-// Adds up the totals of the cluster's blocks, in the order of their ranks: shared.merged [kinds, M, K] in each.
+// Element i of the cluster's totals: those of its blocks, added in the order of their ranks. Between two cluster_sync.
 template <class C>
-__device__ __forceinline__ void cluster_sum(const Shared<C>& shared, int kinds) {
-  cluster_sync();
-  for (int i = threadIdx.x; i < kinds * C::M * shared.K; i += blockDim.x) {
-    double sum = 0;
-    for (unsigned rank = 0; rank < cluster_size(); ++rank) sum += cluster_shared(shared.totals, rank)[i];
-    shared.merged[i] = sum;
+__device__ __forceinline__ double cluster_total(const Shared<C>& shared, int i) {
+  const unsigned size = cluster_size();
+  double total = 0;
+  CBN_UNROLL
+  for (unsigned rank = 0; rank < kLargestCluster; ++rank) {
+    const double part = cluster_shared(shared.totals, rank < size ? rank : 0)[i];
+    total += rank < size ? part : 0;
   }
-  cluster_sync();  // no block ends, or writes its totals, while others read them
+  return total;
 }
 
 }  // namespace cbn

@@ -96,6 +96,10 @@ if plan.archs:
     # A library of its own: on a CPU torch one with CUDA in it would not load.
     flags = {"cxx": ["-DUSE_CUDA", *CXX_FLAGS], "nvcc": ["-DUSE_CUDA", *NVCC_FLAGS]}
     kernels = sources("cuda/*.cu", "cuda/*.cpp")
-    extensions.append(CUDAExtension("cbn_ext._C_cuda", kernels, extra_compile_args=flags, **stable_abi()))
+    cuda = CUDAExtension("cbn_ext._C_cuda", kernels, extra_compile_args=flags, **stable_abi())
+    # By the name of its file: the toolkit that pip installs has no libcudart.so.
+    runtime = f":libcudart.so.{torch.version.cuda.split('.')[0]}"
+    cuda.libraries = [runtime if name == "cudart" else name for name in cuda.libraries]
+    extensions.append(cuda)
 
 setup(ext_modules=extensions, cmdclass={"build_ext": Build})

@@ -294,9 +294,11 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * 14
-        grad_x, grad_residual, grad_weight, grad_bias = _NormalizeBackward.apply(grad, *ctx.saved_tensors, *ctx.options)
-        masked = ctx.saved_tensors[3] is not None
-        grads = (grad_x, grad_residual if masked else grad, None, grad_weight, grad_bias)
+        x, weight, bias, mask, *rest = ctx.saved_tensors
+        grad_x, grad_residual, grad_weight, grad_bias = _NormalizeBackward.apply(
+            grad, x, weight, bias, mask, *rest, *ctx.options
+        )
+        grads = (grad_x, grad if mask is None else grad_residual, None, grad_weight, grad_bias)
         needed = (g if n else None for g, n in zip(grads, ctx.needs_input_grad[:5], strict=True))
         return *needed, *[None] * 9
 
@@ -330,7 +332,8 @@ class _NormalizeBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_grads):
-        grad, x, weight, bias, mask, groups, running, _ = ctx.saved_tensors
+        grad, *saved = ctx.saved_tensors
+        x, weight, bias, mask, groups, running, _ = saved
         training, relu, eps, responsibility, detach, _ = ctx.options
         prior, mean, var = reference.unstacked(running, responsibility)
         # None (no affine) cannot be an argument of vjp; the gradients' formula is the same with 1 and 0.
@@ -338,8 +341,7 @@ class _NormalizeBackward(torch.autograd.Function):
         gate = None
         if mask is not None:
             # Where gradients pass is a constant, and only the backend can read it.
-            ones = torch.ones_like(grad)
-            gate = _NormalizeBackward.apply(ones, *ctx.saved_tensors[1:], *ctx.options)[1].detach() != 0
+            gate = _NormalizeBackward.apply(torch.ones_like(grad), *saved, *ctx.options)[1].detach() != 0
 
         def output(x, weight, bias):
             return reference.forward(

@@ -151,9 +151,11 @@ class Block(nn.Module):
         self.conv = nn.Conv2d(8, 8, 3, padding=1)
         self.first = CompoundBatchNormAct2d(8, **options)
         self.second = CompoundBatchNormAct2d(8, **options)
+        self.third = CompoundBatchNormAct2d(8, activation=None, **options)
 
     def forward(self, x):
-        return self.second(self.conv(self.first(self.conv(x))), x)
+        x = self.second(self.conv(self.first(self.conv(x))), x)
+        return self.third(self.conv(x), x)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ struct Problem {
   uint32_t* mask;        // bit i, where not null: gradients pass the ReLU at x[i] in memory; starts as zeros
 
   int components;      // M
-  const void* prior;   // [M, C], null for M = 1
+  const void* prior;   // [M, C], unused for M = 1
   const void* mean;    // [M, C] running
   const void* var;     // [M, C] running
   const void* weight;  // [M, C] or null for 1

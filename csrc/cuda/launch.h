@@ -27,6 +27,8 @@ constexpr int kBlocksOfMultiprocessor = 16;
 // Bytes of neighbouring channels that a block reads at a time in channels_last.
 constexpr int kResidentSegment = 64;
 constexpr int kStreamingSegment = 256;
+// Bytes that a block takes of its multiprocessor beside its own.
+constexpr int kReservedShared = 1024;
 // Of a cluster that every device with clusters can launch.
 constexpr int kLargestCluster = 8;
 
@@ -140,7 +142,7 @@ inline void take_shared_memory(Plan& plan, const Extent& p) {
 // can be; a larger one where multiprocessors would be idle.
 inline bool plan_resident(Plan& plan, const Extent& p, const Device& device) {
   const int largest = std::min(device.cluster, kLargestCluster);
-  for (const int limit : {device.shared_memory / 2, device.shared_memory}) {
+  for (const int limit : {device.shared_memory / 2 - kReservedShared, device.shared_memory}) {
     for (int cluster = 1; cluster <= largest; cluster *= 2) {
       plan = block_of(p, kResidentSegment, p.most_threads);
       plan.resident = true;

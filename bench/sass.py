@@ -18,7 +18,7 @@ from rich.console import Console
 
 import cbn_ext
 from bench.report import Report, Table
-from bench.sass_loops import Instruction, count, innermost_loops, parse, usual_paths
+from bench.sass_loops import Instruction, accessed, count, has_alternatives, innermost_loops, parse
 
 #: Picoseconds of an H200 at 1.98 GHz and 4.3 TB/s: an issue slot, a MUFU operation, a byte of DRAM.
 ISSUE_PS, MUFU_PS, BYTE_PS = 0.030, 0.24, 0.233
@@ -38,18 +38,21 @@ _KERNEL = re.compile(
     r"LNS_4PassE(\d)EEEv"
 )
 _DTYPES = {"f": ("float32", 4), "N3c104HalfE": ("float16", 2), "N3c108BFloat16E": ("bfloat16", 2)}
-#: By the number of a kernel's pass: what it does while it fetches, while it stores, and the tensors like x it reads.
+#: By the number of a kernel's pass: the tensors like x it reads, and the rows of its loops that do not store, and that
+#: do, the shortest first.
 _PASSES = {
-    "0": ("statistics", "", 1),
-    "1": ("statistics", "normalise", 1),
-    "2": ("backward reduction", "", 2),
-    "3": ("backward reduction", "input gradient", 2),
+    "0": (1, ["statistics"], []),
+    "1": (1, ["statistics"], ["normalise"]),
+    "2": (2, ["backward reduction"], []),
+    "3": (2, ["backward reduction"], ["input gradient, p detached", "input gradient"]),
 }
+#: Of a kernel's loops: whether they fetch from memory, and whether they store.
+_LOOPS = {"reduce": [(True, False)], "map": [(True, True)], "resident": [(True, False), (False, True)]}
 
 
 @dataclass(frozen=True)
 class SassRow:
-    """The usual path of a pass with four components; counts are of one element.
+    """The plain loop of a pass with four components; counts are of one element.
 
     path: "streaming", the kernel reads from memory what it works on, or "on chip", the second pass does not.
     memory, shared: instructions that access global and shared memory. elements: of a thread in one turn of the loop.
@@ -147,48 +150,53 @@ def registers(text: str) -> dict[str, tuple[int, int]]:
     return {name: (int(count), int(stack)) for name, count, stack in found}
 
 
-def exponentials(code: Sequence[Instruction]) -> int:
-    """Base-2 exponentials."""
-    return count(code, "MUFU", "EX2")
+def plain_loops(code: Sequence[Instruction], loaded: int, stored: int) -> list[Sequence[Instruction]]:
+    """Loops for bounded log-odds and whole chunks with nothing fused, the shortest first.
+
+    The others have more code for memory: a turn of theirs chooses between accesses of several widths.
+
+    loaded, stored: bytes of global memory an element.
+    """
+
+    def is_plain(loop: Sequence[Instruction]) -> bool:
+        elements = elements_of(loop)
+        moved = accessed(loop, "LDG", "LDGSTS"), accessed(loop, "STG")
+        return moved == (elements * loaded, elements * stored) and not has_alternatives(loop)
+
+    return sorted(filter(is_plain, innermost_loops(code, "MUFU", "EX2")), key=len)
+
+
+def elements_of(loop: Sequence[Instruction]) -> int:
+    """Elements in one turn: with bounded log-odds one component needs no exponential."""
+    return count(loop, "MUFU", "EX2") // (_COMPONENTS - 1)
 
 
 def rows_of_kernel(arch: str, name: str, code: list[Instruction], register_count: int, stack: int) -> Iterator[SassRow]:
-    """A row for each loop over elements: of those for bounded log-odds, which have one exponential less."""
+    """A row for each plain loop: a turn executes all its instructions."""
     kernel = _KERNEL.match(name)
     dtype, size = _DTYPES[kernel[2]]
-    while_fetching, while_storing, tensors = _PASSES[kernel[5]]
-    loops: dict[tuple[bool, bool], Sequence[Instruction]] = {}
-    for loop in innermost_loops(code, "MUFU", "EX2"):
-        kind = count(loop, "LDGSTS") > 0, count(loop, "STG") > 0
-        loops[kind] = min(loop, loops.get(kind, loop), key=exponentials)
-    if not loops:
-        raise RuntimeError(f"{name}, {arch}: expected a loop with exponentials, found none")
-    for (fetches, stores), loop in loops.items():
-        elements = exponentials(loop) // (_COMPONENTS - 1)
-        access = min(16, elements * size)
-        accesses = elements * size // access
-        wanted = (exponentials(loop), tensors * accesses * fetches, accesses * stores)
-        costs = {work.optional: cost for work, cost in usual_paths(loop, 8 * access).items() if work[:3] == wanted}
-        if not costs:
-            raise RuntimeError(f"{name}, {arch}: expected a path through a loop that does {wanted}, found none")
-        label = while_storing if stores else while_fetching
-        variants = {label: min(costs)}
-        if label == "input gradient":
-            # The covariance, once an element, is passed over where responsibilities are constants.
-            variants = {"input gradient, p detached": min(costs), label: max(o for o in costs if o <= elements)}
-        for what, optional in variants.items():
-            cost = costs[optional]
+    tensors, *labels = _PASSES[kernel[5]]
+    for fetches, stores in _LOOPS[kernel[1]]:
+        wanted, loaded, stored = labels[stores], size * tensors * fetches, size * stores
+        loops = plain_loops(code, loaded, stored)
+        if len(loops) != len(wanted):
+            raise RuntimeError(
+                f"{name}, {arch}: expected {len(wanted)} plain loops that load {loaded} and store {stored} bytes an "
+                f"element ({'; '.join(wanted)}), found {len(loops)}"
+            )
+        for label, loop in zip(wanted, loops, strict=True):
+            elements = elements_of(loop)
             yield SassRow(
                 arch=arch,
                 dtype=dtype,
                 layout="channels_last" if kernel[4] == "1" else "contiguous",
                 path="on chip" if kernel[1] == "resident" else "streaming",
-                name=what,
-                instructions=cost.instructions / elements,
-                mufu=cost.mufu / elements,
-                memory=cost.memory / elements,
-                shared=cost.shared / elements,
-                bytes=size * (tensors * fetches + stores),
+                name=label,
+                instructions=len(loop) / elements,
+                mufu=count(loop, "MUFU") / elements,
+                memory=(count(loop, "LDG") + count(loop, "LDGSTS") + count(loop, "STG")) / elements,
+                shared=(count(loop, "LDS") + count(loop, "STS")) / elements,
+                bytes=loaded + stored,
                 elements=elements,
                 registers=register_count,
                 stack=stack,
@@ -237,9 +245,8 @@ def make_report(arch: str, rows: list[SassRow]) -> Report:
 
 _HOW = f"""## How this was counted
 
-- A row is one loop over elements on its usual path: aligned input, bounded log-odds, no ReLU, no residual, no groups.
-  Of the paths through a loop it is the shortest one with all exponentials and with accesses of full width to every
-  tensor that the pass reads and writes; counts are divided by the elements that a thread takes in one turn, and the
+- A row is one loop over elements, the plain one that most layers take: bounded log-odds, whole chunks, no ReLU, no
+  residual, no groups. A turn executes all its instructions, divided here by the elements that a thread takes in it; the
   loop's own instructions are among them. What a block does before and after the loop is not.
 - *planned*: instructions of trial kernels that held the formulas alone, and the special-function operations they need.
 - *memory*, *shared*: instructions that access global and shared memory. *bytes*: moved to and from global memory.

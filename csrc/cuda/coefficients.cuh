@@ -19,7 +19,7 @@ struct Shared {
   double* totals;   // [3 or 2, M, K] sums of the block, components in natural order
   double* density;  // [3, M, K] precision, peak and mean of the components, in natural order
   double* origin;   // [K]
-  S* rows;          // [kSumRows, 3 or 2, M, K] sums of some of the block's warps
+  S* rows;          // [sum_rows, 3 or 2, M, K] sums of some of the block's warps
   S* coefficients;  // [9, M, K] log-odds, then what the pass needs; components in stored order
   int* widest;      // [K] the component that is stored first
   int* flag;        // whether a channel's odds are not bounded

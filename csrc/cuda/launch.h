@@ -18,8 +18,8 @@ constexpr int kFewestElementsOfThread = 16;
 // Chunks that a thread has under way while it works on one; the resident path has room for more.
 constexpr int kChunksAhead = 3;
 constexpr int kResidentChunksAhead = 8;
-// Warps that add their sums at a time.
-constexpr int kSumRows = 4;
+// Warps that add their sums at a time: 4, or 2 where a sum takes 8 bytes.
+constexpr int sum_rows(int statistic_size) { return 16 / statistic_size; }
 constexpr int kStreamingThreads = 256;
 // Blocks for each multiprocessor that the streaming path tries to have: several run at once, and the last ones
 // to end should be few among many.
@@ -56,7 +56,7 @@ struct SharedMemory {
   unsigned totals;        // double [3, M, K] sums of the block
   unsigned density;       // double [3, M, K] log-densities of the components
   unsigned origin;        // double [K]
-  unsigned rows;          // statistic [kSumRows, 3, M, K] sums of some of the block's warps
+  unsigned rows;          // statistic [sum_rows, 3, M, K] sums of some of the block's warps
   unsigned coefficients;  // statistic [9, M, K]
   unsigned widest;        // int [K]
   unsigned flag;          // int
@@ -69,7 +69,7 @@ constexpr SharedMemory shared_memory_of(int components, int channels, int statis
   at.density = at.totals + 3 * 8 * items;
   at.origin = at.density + 3 * 8 * items;
   at.rows = at.origin + 8 * channels;
-  at.coefficients = at.rows + kSumRows * 3 * statistic_size * items;
+  at.coefficients = at.rows + sum_rows(statistic_size) * 3 * statistic_size * items;
   at.widest = at.coefficients + 9 * statistic_size * items;
   at.flag = at.widest + 4 * channels;
   at.values = (at.flag + 4 + 15) / 16 * 16;

@@ -18,7 +18,7 @@ __device__ __forceinline__ T warp_sum(T value, int lanes) {
 template <class C, class Sums>
 __device__ __forceinline__ void block_sum(const Block<C>& block, const Shared<C>& shared, Sums (&sums)[C::kChannels]) {
   using S = typename C::S;
-  constexpr int kValues = sizeof(Sums) / sizeof(S);
+  constexpr int kValues = sizeof(Sums) / sizeof(S), kRows = sum_rows(sizeof(S));
   const int lanes = C::kChannelsLast ? block.a.lanes : 1;
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, size = kValues * shared.K;
   CBN_UNROLL
@@ -27,8 +27,8 @@ __device__ __forceinline__ void block_sum(const Block<C>& block, const Shared<C>
     CBN_UNROLL
     for (int i = 0; i < kValues; ++i) values[i] = warp_sum(values[i], lanes);
   }
-  for (int first = 0; first < warps; first += kSumRows) {
-    if (warp >= first && warp < first + kSumRows && threadIdx.x % kWarp < lanes) {
+  for (int first = 0; first < warps; first += kRows) {
+    if (warp >= first && warp < first + kRows && threadIdx.x % kWarp < lanes) {
       CBN_UNROLL
       for (int channel = 0; channel < C::kChannels; ++channel) {
         const int j = block.lane * C::kChannels + channel, widest = shared.widest[j];
@@ -45,7 +45,7 @@ __device__ __forceinline__ void block_sum(const Block<C>& block, const Shared<C>
   }
   for (int i = threadIdx.x; i < size; i += blockDim.x) {
     double total = 0;
-    for (int row = 0; row < kSumRows && row < warps; ++row) total += static_cast<double>(shared.rows[row * size + i]);
+    for (int row = 0; row < kRows && row < warps; ++row) total += static_cast<double>(shared.rows[row * size + i]);
     shared.totals[i] = total;
   }
   __syncthreads();

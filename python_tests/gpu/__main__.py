@@ -66,7 +66,7 @@ def run(step: Step, seconds: float) -> str:
         try:
             process = subprocess.Popen(
                 [part.format(seconds=int(seconds - 20)) for part in step.command],
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **step.environment},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "160", **step.environment},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-EMULATION := $(wildcard python_tests/emulation/*.cpp python_tests/emulation/*.h)
+EMULATION := $(wildcard $(addprefix python_tests/emulation/*.,cpp cu cuh h))
 
 # Of one interpreter: is it there, and new enough?
 define CHECK_PYTHON

@@ -1,0 +1,420 @@
+// The threads of a cluster as fibers of one thread of the host. Compiled without AddressSanitizer's instrumentation,
+// which could not follow the jumps from fiber to fiber; it is told of every change of stack instead.
+#include "emulated_device.h"
+
+#include <cxxabi.h>
+#include <dlfcn.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+extern "C" {
+__attribute__((weak)) void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, std::size_t size);
+__attribute__((weak)) void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, std::size_t* size);
+__attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* address, std::size_t size);
+}
+
+cbn::emulation::Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cbn {
+namespace emulation {
+namespace {
+
+constexpr int kMostThreads = 1024;
+constexpr std::int64_t kMostBlocks = (std::int64_t{1} << 31) - 1;
+constexpr std::size_t kGuard = 4096, kStack = 128 * 1024;  // only pages that are touched take memory
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Fibers
+// ---------------------------------------------------------------------------------------------------------------------
+
+// What runs on a stack of its own.
+struct Context {
+  bool started = true;
+  ucontext_t start;  // before its first run
+  void* jump[5];     // later: swapcontext would make two system calls, and take 100 times as long
+  const void* stack = nullptr;
+  std::size_t size = 0;
+};
+
+Context host;
+Context *running = &host, *left = nullptr;
+
+__attribute__((noinline)) void jump_to(Context& to) {
+  if (to.started) __builtin_longjmp(to.jump, 1);
+  to.started = true;
+  setcontext(&to.start);
+}
+
+void arrive() {
+  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(nullptr, &left->stack, &left->size);
+}
+
+void switch_to(Context& to) {
+  if (&to == running) return;
+  if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(nullptr, to.stack, to.size);
+  left = running;
+  running = &to;
+  if (__builtin_setjmp(left->jump) == 0) jump_to(to);
+  arrive();
+}
+
+void run_threads();
+
+struct Fiber : Context {
+  Fiber() {
+    memory = mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::runtime_error("no memory for the stacks of the emulated threads");
+    mprotect(memory, kGuard, PROT_NONE);
+    started = false;
+    getcontext(&start);
+    stack = start.uc_stack.ss_sp = static_cast<char*>(memory) + kGuard;
+    size = start.uc_stack.ss_size = kStack;
+    makecontext(&start, run_threads, 0);
+  }
+
+  ~Fiber() {
+    // The frames of a thread that was abandoned.
+    if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(stack, size);
+    munmap(memory, kGuard + kStack);
+  }
+
+  Fiber(const Fiber&) = delete;
+
+  void* memory;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The cluster that runs
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Threads that wait for each other: `count` of the cluster's, from `first` on.
+struct Group {
+  int first, count;
+  int arrived = 0, first_arrived = 0;
+  std::uint64_t bits[kWarp] = {};  // of a warp: what its threads gave to the last exchange
+};
+
+struct Block {
+  unsigned index;
+  int threads;            // that have not ended
+  unsigned char* shared;  // null after the block's end
+};
+
+struct Copy {
+  void* to;
+  unsigned char bytes[16];
+  int size;
+  int group;
+};
+
+struct Thread {
+  int index;  // in its block
+  int rank;   // of its block in the cluster
+  Group* waits_in = nullptr;
+  Site site = {};  // where it waits
+  std::uint64_t bits = 0;
+  bool ended = false;
+  bool reads_other_block = false;  // since it last waited for the cluster
+  std::vector<Copy> copies;        // under way
+  int groups_of_copies = 0;        // that are complete
+};
+
+struct Cluster {
+  Launch launch;
+  std::function<void()> thread;
+  std::mt19937 random;
+  std::vector<Block> blocks;
+  std::vector<Thread> threads;
+  std::vector<int> ready;  // threads that do not wait
+  std::vector<Group> threads_of_warp, threads_of_block;
+  Group threads_of_cluster;
+  int current;  // thread
+  std::string failure;
+};
+
+Cluster cluster;
+std::vector<std::unique_ptr<Fiber>> fibers;  // of the cluster's threads, kept from launch to launch
+// What was launched since the library was loaded: symbol and cluster of the kernel, and the most blocks.
+std::map<std::pair<std::string, int>, std::int64_t> launches;
+
+Thread& self() { return cluster.threads[cluster.current]; }
+
+std::string described(const Thread& thread) {
+  return "thread " + std::to_string(thread.index) + " of block " + std::to_string(cluster.blocks[thread.rank].index);
+}
+
+std::string described(const Site& site) {
+  return std::string(site.function) + " (" + site.file + ":" + std::to_string(site.line) + ")";
+}
+
+std::string described(const Launch& launch) {
+  return std::to_string(launch.blocks) + " blocks, " + std::to_string(launch.threads) + " threads, clusters of " +
+         std::to_string(launch.cluster) + ", " + std::to_string(launch.shared) + " bytes of shared memory";
+}
+
+bool same(const Site& a, const Site& b) {
+  return a.line == b.line && std::strcmp(a.file, b.file) == 0 && std::strcmp(a.function, b.function) == 0;
+}
+
+// Continues with a random thread of those that do not wait, with the host where there is none.
+void schedule() {
+  if (cluster.ready.empty()) return switch_to(host);
+  std::swap(cluster.ready[cluster.random() % cluster.ready.size()], cluster.ready.back());
+  cluster.current = cluster.ready.back();
+  cluster.ready.pop_back();
+  threadIdx.x = self().index;
+  blockIdx.x = cluster.blocks[self().rank].index;
+  switch_to(*fibers[cluster.current]);
+}
+
+void wait(Group& group, const Site& site) {
+  self().waits_in = &group;
+  self().site = site;
+  if (group.arrived == 0) group.first_arrived = cluster.current;
+  const Thread& first = cluster.threads[group.first_arrived];
+  if (!same(site, first.site))
+    fail("waits at %s, but %s at %s", described(site).c_str(), described(first).c_str(), described(first.site).c_str());
+  if (++group.arrived == group.count) {
+    group.arrived = 0;
+    for (int i = 0; i < group.count; ++i) {
+      Thread& thread = cluster.threads[group.first + i];
+      thread.waits_in = nullptr;
+      cluster.ready.push_back(group.first + i);
+      if (group.count == kWarp) group.bits[i] = thread.bits;
+    }
+  }
+  schedule();
+}
+
+// What every fiber does, for one cluster after the other.
+void run_threads() {
+  arrive();
+  for (;;) {
+    cluster.thread();
+    if (self().reads_other_block)
+      fail("ends without cluster_sync after it read another block's shared memory, which may have ended before");
+    if (!self().copies.empty()) fail("ends before its copies to shared memory");
+    self().ended = true;
+    Block& block = cluster.blocks[self().rank];
+    if (--block.threads == 0) {
+      std::free(block.shared);
+      block.shared = nullptr;
+    }
+    schedule();
+  }
+}
+
+// Of a thread that still waits although none is left to run.
+std::string deadlock() {
+  for (const Thread& thread : cluster.threads) {
+    if (thread.waits_in == nullptr) continue;
+    for (int i = 0; i < thread.waits_in->count; ++i) {
+      const Thread& missing = cluster.threads[thread.waits_in->first + i];
+      if (missing.waits_in == thread.waits_in) continue;
+      return described(thread) + " waits at " + described(thread.site) + ", which " + described(missing) +
+             " does not reach: it " + (missing.ended ? "has ended" : "waits at " + described(missing.site));
+    }
+  }
+  return "";
+}
+
+// Runs the cluster that starts at this block; what failed, or nothing.
+std::string run_cluster(unsigned first_block) {
+  const Launch& launch = cluster.launch;
+  for (int rank = 0; rank < launch.cluster; ++rank) {
+    auto* shared = static_cast<unsigned char*>(std::malloc(launch.shared));
+    std::memset(shared, 0xff, launch.shared);  // NaN in every floating type
+    cluster.blocks[rank] = {first_block + rank, launch.threads, shared};
+  }
+  for (int i = 0; i < launch.cluster * launch.threads; ++i) {
+    cluster.threads[i] = {i % launch.threads, i / launch.threads};
+    cluster.ready.push_back(i);
+  }
+  schedule();
+  return cluster.failure.empty() ? deadlock() : cluster.failure;
+}
+
+void prepare(const Launch& launch, const std::function<void()>& thread, unsigned seed) {
+  cluster = {};
+  cluster.launch = launch;
+  cluster.thread = thread;
+  cluster.random.seed(seed);
+  cluster.blocks.resize(launch.cluster);
+  cluster.threads.resize(launch.cluster * launch.threads);
+  for (int rank = 0; rank < launch.cluster; ++rank) {
+    const int begin = rank * launch.threads, end = begin + launch.threads;
+    cluster.threads_of_block.push_back({begin, launch.threads});
+    for (int first = begin; first < end; first += kWarp)
+      cluster.threads_of_warp.push_back({first, std::min(kWarp, end - first)});
+  }
+  cluster.threads_of_cluster = {0, launch.cluster * launch.threads};
+  while (fibers.size() < cluster.threads.size()) fibers.push_back(std::make_unique<Fiber>());
+  blockDim.x = launch.threads;
+  gridDim.x = static_cast<unsigned>(launch.blocks);
+}
+
+std::string check(const Launch& launch) {
+  const Device device = device_properties(0);
+  const int largest = std::max(1, device.cluster);
+  if (launch.blocks < 1 || launch.blocks > kMostBlocks) return "expected 1 to 2^31 - 1 blocks";
+  if (launch.threads < 1 || launch.threads > kMostThreads) return "expected 1 to 1024 threads";
+  if (launch.cluster < 1 || launch.cluster > largest || launch.blocks % launch.cluster != 0)
+    return "expected clusters of 1 to " + std::to_string(largest) + " blocks that divide the number of blocks";
+  if (launch.shared > static_cast<unsigned>(device.shared_memory))
+    return "expected at most " + std::to_string(device.shared_memory) + " bytes of shared memory";
+  return "";
+}
+
+std::string symbol_of(const void* kernel) {
+  Dl_info info;
+  return dladdr(kernel, &info) && info.dli_saddr == kernel ? info.dli_sname : "kernel_without_external_linkage";
+}
+
+std::string demangled(const std::string& symbol) {
+  int status = 0;
+  char* name = abi::__cxa_demangle(symbol.c_str(), nullptr, nullptr, &status);
+  const std::string result = status == 0 ? name : symbol;
+  std::free(name);
+  return result;
+}
+
+}  // namespace
+
+void wait_for_block(const Site& site) { wait(cluster.threads_of_block[self().rank], site); }
+
+void wait_for_cluster(const Site& site) {
+  self().reads_other_block = false;
+  wait(cluster.threads_of_cluster, site);
+}
+
+const std::uint64_t* exchange_in_warp(unsigned mask, std::uint64_t bits, const Site& site) {
+  const int warps = (cluster.launch.threads + kWarp - 1) / kWarp;
+  Group& warp = cluster.threads_of_warp[self().rank * warps + self().index / kWarp];
+  if (mask != 0xffffffff || warp.count != kWarp)
+    fail("is at %s with mask %x in a warp of %d threads", described(site).c_str(), mask, warp.count);
+  self().bits = bits;
+  wait(warp, site);
+  return warp.bits;
+}
+
+unsigned lane() { return self().index % kWarp; }
+
+// Of an address in the block's own.
+std::ptrdiff_t offset_in_shared_memory(const void* address) {
+  const std::ptrdiff_t offset = static_cast<const unsigned char*>(address) - shared_memory();
+  if (offset < 0 || offset >= static_cast<std::ptrdiff_t>(cluster.launch.shared))
+    fail("takes %p for an address in the block's shared memory", address);
+  return offset;
+}
+
+const void* in_other_block(const void* own, unsigned rank) {
+  const std::ptrdiff_t offset = offset_in_shared_memory(own);
+  if (rank >= cluster.blocks.size())
+    fail("calls cluster_shared of block %u in a cluster of %zu", rank, cluster.blocks.size());
+  if (cluster.blocks[rank].shared == nullptr) fail("reads the shared memory of a block that has ended");
+  if (rank != cluster_rank()) self().reads_other_block = true;
+  return cluster.blocks[rank].shared + offset;
+}
+
+void check_aligned(const void* address, std::size_t bytes) {
+  if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0)
+    fail("makes a misaligned access of %zu bytes at %p", bytes, address);
+}
+
+void wait_for_copies(int pending) {
+  std::vector<Copy>& copies = self().copies;
+  const auto waited_for = [&](const Copy& copy) { return copy.group < self().groups_of_copies - pending; };
+  for (const Copy& copy : copies)
+    if (waited_for(copy)) std::memcpy(copy.to, copy.bytes, copy.size);
+  copies.erase(std::remove_if(copies.begin(), copies.end(), waited_for), copies.end());
+}
+
+void fail(const char* format, ...) {
+  char message[1024];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(message, sizeof(message), format, arguments);
+  va_end(arguments);
+  cluster.failure = described(self()) + " " + message;
+  switch_to(host);
+  std::abort();  // nothing comes back to a launch that failed
+}
+
+void run(const void* kernel, const Launch& launch, const std::function<void()>& thread) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  const char* text = std::getenv("CBN_EMULATION_SEED");
+  const unsigned seed = text ? std::stoul(text) : 0;
+  std::string failure = check(launch);
+  if (failure.empty()) {
+    std::int64_t& most_blocks = launches[{symbol_of(kernel), launch.cluster}];
+    most_blocks = std::max(most_blocks, launch.blocks);
+    prepare(launch, thread, seed);
+    std::vector<unsigned> order(launch.blocks / launch.cluster);
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), cluster.random);
+    for (std::size_t i = 0; i < order.size() && failure.empty(); ++i) failure = run_cluster(order[i] * launch.cluster);
+  }
+  if (failure.empty()) return;
+  for (Block& block : cluster.blocks) std::free(block.shared);
+  cluster = {};
+  fibers.clear();  // those that have not ended are abandoned
+  throw std::runtime_error("emulated " + demangled(symbol_of(kernel)) + ": " + failure + " [" + described(launch) +
+                           ", CBN_EMULATION_SEED=" + std::to_string(seed) + "]");
+}
+
+}  // namespace emulation
+
+Device device_properties(int) {
+  const char* text = std::getenv("CBN_EMULATED_DEVICE");
+  if (text == nullptr) return {4, 64 * 1024, kLargestCluster};
+  Device device;
+  char rest;
+  if (std::sscanf(text, "%d,%d,%d%c", &device.multiprocessors, &device.shared_memory, &device.cluster, &rest) != 3 ||
+      device.multiprocessors < 1 || device.shared_memory < 0 || device.cluster < 0)
+    throw std::runtime_error("expected CBN_EMULATED_DEVICE=multiprocessors,shared_memory,cluster, got " +
+                             std::string(text));
+  return device;
+}
+
+void copy_async(void* shared, const void* global, int bytes) {
+  if (bytes != 4 && bytes != 8 && bytes != 16) emulation::fail("copies %d bytes: expected 4, 8 or 16", bytes);
+  emulation::check_aligned(shared, bytes);
+  emulation::check_aligned(global, bytes);
+  emulation::offset_in_shared_memory(shared);
+  emulation::Copy copy{shared, {}, bytes, emulation::self().groups_of_copies};
+  std::memcpy(copy.bytes, global, bytes);
+  if (emulation::cluster.random() % 2 == 0)
+    std::memcpy(shared, copy.bytes, bytes);
+  else
+    emulation::self().copies.push_back(copy);
+}
+
+void commit_copies() { ++emulation::self().groups_of_copies; }
+
+unsigned char* shared_memory() { return emulation::cluster.blocks[emulation::self().rank].shared; }
+unsigned cluster_size() { return static_cast<unsigned>(emulation::cluster.launch.cluster); }
+unsigned cluster_rank() { return static_cast<unsigned>(emulation::self().rank); }
+
+}  // namespace cbn
+
+// Lines of "symbol cluster blocks": what was launched since the library was loaded, with how many blocks at most.
+extern "C" const char* cbn_emulation_launches() {
+  static std::string lines;
+  lines.clear();
+  for (const auto& [kernel, most_blocks] : cbn::emulation::launches)
+    lines += kernel.first + " " + std::to_string(kernel.second) + " " + std::to_string(most_blocks) + "\n";
+  return lines.c_str();
+}

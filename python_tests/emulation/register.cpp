@@ -1,0 +1,10 @@
+// The CUDA operators for CPU tensors: loaded after cbn_ext's own library, these take the place of its CPU operators.
+#include <torch/csrc/stable/library.h>
+
+#include "compound_norm.h"
+
+STABLE_TORCH_LIBRARY_IMPL(cbn_ext, CPU, m) {
+  m.impl("forward", TORCH_BOX(&cbn::forward_cuda));
+  m.impl("backward", TORCH_BOX(&cbn::backward_cuda));
+  m.impl("update_running", TORCH_BOX(&cbn::update_running_cuda));
+}

@@ -1,0 +1,147 @@
+"""Every CUDA kernel, through its real launch code, on emulated devices: the case table against the oracle."""
+
+import functools
+import re
+import subprocess
+
+import pytest
+import torch
+from cases import NATIVE_CASES, Case
+from emulation.build import CSRC, HERE, build, run_python
+from emulation.table import failures, run_table
+
+# Multiprocessors, bytes of shared memory of a block, largest cluster.
+DEVICES = {
+    "clusters": "132,166912,8",  # many multiprocessors: blocks share a channel
+    "no clusters": "2,232448,1",
+    "streaming": "132,65536,0",
+}
+CHANNELS = 2
+# Each compiled number of components for each type and layout, and points for several blocks.
+INSTANCES = [
+    Case((3, CHANNELS, 47, 43), components, dtype=dtype, layout=layout, activation="relu", residual=True)
+    for components in (1, 2, 4, 8, 16)
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    for layout in ("contiguous", "channels_last")
+]
+# More splits of a stream than a warp has threads to merge them.
+MANY_SPLITS = Case((9, 1, 128, 128), 2)
+CASES = [*NATIVE_CASES, *INSTANCES, Case((13, 1, 31, 33)), Case((13, 1, 31, 33), layout="channels_last"), MANY_SPLITS]
+
+
+@functools.cache
+def library():
+    return build("kernels", [HERE / "register.cpp", *sorted((CSRC / "cuda").glob("*.cu"))])
+
+
+@functools.cache
+def table(device):
+    return run_table(library(), CASES, DEVICES[device])
+
+
+@functools.cache
+def instances_in_another_order(device):
+    return run_table(library(), INSTANCES, DEVICES[device], seed=1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_matches_the_oracle(device):
+    assert failures(CASES, table(device)) == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_same_bits_in_any_order_of_threads_and_blocks(device):
+    first = table(device).results[len(NATIVE_CASES) :]
+    again = instances_in_another_order(device)
+    assert not again.process_error
+    for case, one, other in zip(INSTANCES, first, again.results, strict=False):
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(one, other, strict=True)), case
+
+
+def test_every_compiled_kernel_runs():
+    """And those that share a channel do so: blocks of a cluster of each size, or the splits of a stream."""
+    symbols = subprocess.check_output(["nm", "--defined-only", library()], text=True).split()
+    compiled = {symbol for symbol in symbols if re.match(r"_ZN3cbn\d+\w+_kernel", symbol)}
+    resident = {symbol for symbol in compiled if "resident_kernel" in symbol}
+    streaming = {symbol for symbol in compiled if "reduce_kernel" in symbol or "map_kernel" in symbol}
+    assert len(resident) == 2 * len(INSTANCES) and len(streaming) == 4 * len(INSTANCES)
+
+    launches = {device: table(device).launches for device in DEVICES}
+    assert {launch.kernel for device in DEVICES for launch in launches[device]} == compiled
+    assert {launch.kernel for launch in launches["clusters"] if launch.cluster > 1} == resident
+    assert {launch.cluster for launch in launches["clusters"]} == {1, 2, 4, 8}
+    split = {launch for launch in instances_in_another_order("streaming").launches if launch.blocks > CHANNELS}
+    assert {launch.kernel for launch in split} >= streaming
+
+
+def run_code(code, device="clusters"):
+    start = "import sys, torch, cbn_ext\ntorch.ops.load_library(sys.argv[1])\n"
+    start += "torch.use_deterministic_algorithms(True)\n"  # also: what is allocated is filled with NaN
+    process = run_python(start + code, str(library()), CBN_EMULATED_DEVICE=DEVICES[device])
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_groups_out_of_range_stop_the_kernel():
+    output = run_code("""
+layer = cbn_ext.CompoundBatchNorm2d(3)
+for group in (4, -1):
+    try:
+        with cbn_ext.split_path(torch.tensor([0, group])):
+            layer(torch.randn(2, 3, 4, 4))
+    except RuntimeError as error:
+        print(error)
+""")
+    assert output.count("fails a check: expected groups from 0 to M - 1") == 2
+
+
+def test_empty_input():
+    output = run_code("""
+for layout in (torch.contiguous_format, torch.channels_last):
+    for shape in ((0, 3, 4, 4), (2, 3, 0, 4), (2, 0, 4, 4)):
+        x = torch.empty(shape).to(memory_format=layout).requires_grad_()
+        running = [torch.full((4, shape[1]), value) for value in (0.25, 1.0, 2.0)]
+        y, mask, used, batch = torch.ops.cbn_ext.forward(x, x, None, *running, None, None, True, True, 1e-5)
+        assert y.shape == shape and torch.equal(used, torch.stack(running))
+        assert (batch[0] == 0).all() and torch.equal(batch[1:], used[1:])
+        grads = torch.ops.cbn_ext.backward(y, x, mask, None, used, batch, None, None, True, True, False, 1e-5)
+        assert grads[0].shape == grads[1].shape == shape
+        assert (grads[2] == 0).all() and (grads[3] == 0).all()
+        torch.ops.cbn_ext.update_running(*running, batch, 0, 0.1)
+        assert torch.equal(torch.stack(running), used)
+print("done")
+""")
+    assert output == "done\n"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_any_alignment(device):
+    """Tensors that start anywhere give the bits of aligned ones."""
+    output = run_code(
+        """
+def shifted(x, elements):
+    memory = torch.empty(x.numel() + elements, dtype=x.dtype)
+    return memory.as_strided(x.shape, x.stride(), elements).copy_(x)
+
+groups = torch.tensor([0, 1, 3])
+for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        layer = cbn_ext.CompoundBatchNormAct2d(8, dtype=torch.float64 if dtype == torch.float64 else None)
+        state = {name: t.clone() for name, t in layer.state_dict().items()}
+        tensors = [torch.randn(3, 8, 8, 4).to(dtype, memory_format=layout) for _ in range(3)]
+        def bits(shifts):
+            x, residual, grad = (shifted(t, shift) for t, shift in zip(tensors, shifts))
+            layer.load_state_dict(state)
+            layer.zero_grad()
+            x.requires_grad_(), residual.requires_grad_()
+            y = layer(x, residual)
+            y.backward(grad)
+            return [y, x.grad, residual.grad, *(p.grad for p in layer.parameters()), *layer.buffers()]
+        wanted = bits((0, 0, 0))
+        for shifts in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (2, 4, 3)):
+            assert all(map(torch.equal, bits(shifts), wanted)), (dtype, layout, shifts)
+print("done")
+""",
+        device,
+    )
+    assert output == "done\n"

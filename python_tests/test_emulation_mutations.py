@@ -1,0 +1,203 @@
+"""The proof of the emulation: a barrier, a term of an index or a merge goes from the kernels, and the table fails."""
+
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+from cases import Case
+from emulation.build import CSRC, HERE, build
+from emulation.table import failures, run_table
+from test_emulation_kernels import DEVICES, MANY_SPLITS
+
+# The kernels of one type and number of components, for both layouts.
+FEW = """
+#include "cuda/kernels.cuh"
+
+namespace cbn {
+Kernels kernels_float(int, bool channels_last) {
+  return channels_last ? kernels_of<float, 4, true>() : kernels_of<float, 4, false>();
+}
+Kernels kernels_double(int, bool) { return {}; }
+Kernels kernels_half(int, bool) { return {}; }
+Kernels kernels_bfloat16(int, bool) { return {}; }
+}  // namespace cbn
+"""
+SHAPE = (3, 2, 47, 43)
+CASES = tuple(
+    Case(SHAPE, mode=mode, training=training, data=data, layout=layout, activation="relu", residual=residual)
+    for layout in ("contiguous", "channels_last")
+    for mode, training, data, residual in (
+        ("channel", True, "mixed", True),
+        ("channel", True, "equal", False),
+        ("channel", False, "mixed", False),
+        ("split", True, "mixed", False),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    what: str
+    file: str
+    text: str  # found once
+    replacement: str
+    device: str  # of `DEVICES`
+    sign: str  # of the failure
+    cases: Sequence[Case] = CASES
+
+    def __str__(self):
+        return self.what
+
+
+WRONG = "roundoffs|not finite"
+OUT_OF_BOUNDS = "AddressSanitizer: heap-buffer-overflow"
+MUTATIONS = [
+    Mutation(
+        "no barrier between the warps' turns",
+        "reduce.cuh",
+        "      }\n    }\n    __syncthreads();\n  }\n}",
+        "      }\n    }\n  }\n  __syncthreads();\n}",
+        "no clusters",
+        WRONG,
+    ),
+    Mutation(
+        "no barrier before coefficients are used",
+        "coefficients.cuh",
+        "  __syncthreads();\n\n  if (!*shared.flag) return true;",
+        "  if (!*shared.flag) return true;",
+        "streaming",
+        WRONG + "|" + OUT_OF_BOUNDS,  # coefficients are not there, nor the number of the widest component
+    ),
+    Mutation(
+        "no barrier of the cluster before its sums",
+        "reduce.cuh",
+        "int kinds) {\n  cluster_sync();\n",
+        "int kinds) {\n",
+        "clusters",
+        WRONG,
+    ),
+    Mutation(
+        "no barrier of the cluster after its sums",
+        "reduce.cuh",
+        "  cluster_sync();  // no block ends",
+        "  // no block ends",
+        "clusters",
+        "ends without cluster_sync after it read another block's shared memory",
+    ),
+    Mutation(
+        "a barrier that some threads skip",
+        "coefficients.cuh",
+        "  if (!*shared.flag) return true;",
+        "  if (threadIdx.x % 2 == 0 && !*shared.flag) return true;\n  __syncthreads();",
+        "no clusters",
+        "waits at __syncthreads",
+    ),
+    Mutation(
+        "no step to the next image",
+        "points.cuh",
+        "      ++image;\n      if (!C::kChannelsLast) offset += (block.a.channels - 1) * block.a.spatial;",
+        "      ++image;",
+        "no clusters",
+        WRONG,
+    ),
+    Mutation(
+        "one component's partial sums for all",
+        "compound_norm.cu",
+        "sums[kind] += a.partials[(split * kKinds + kind) * size + i]",
+        "sums[kind] += a.partials[(split * kKinds + kind) * size + i % a.channels]",
+        "streaming",
+        WRONG,
+    ),
+    Mutation(
+        "no merge of a thread's splits",
+        "compound_norm.cu",
+        "sums[kind] += a.partials",
+        "sums[kind] = a.partials",
+        "streaming",
+        WRONG,
+        (MANY_SPLITS,),
+    ),
+    Mutation(
+        "no merge of the threads' splits",
+        "compound_norm.cu",
+        "  for (int kind = 0; kind < kKinds; ++kind) sums[kind] = warp_sum(sums[kind], 1);\n",
+        "",
+        "streaming",
+        WRONG,
+    ),
+    Mutation(
+        "no merge of the warps",
+        "reduce.cuh",
+        "total = warp == 0 ? sum : total + sum;",
+        "total = sum;",
+        "no clusters",
+        WRONG,
+    ),
+    Mutation(
+        "no merge of the cluster's first block",
+        "reduce.cuh",
+        "for (unsigned rank = 0;",
+        "for (unsigned rank = 1;",
+        "clusters",
+        WRONG,
+    ),
+    Mutation(
+        "copies that are not waited for",
+        "kernels.cuh",
+        "wait_for_copies<kChunksAhead>();",
+        "wait_for_copies<kChunksAhead + 1>();",
+        "streaming",
+        "ends before its copies to shared memory",
+    ),
+    Mutation(
+        "points beyond the end",
+        "points.cuh",
+        "  if (point >= block.length) return 0;",
+        "",
+        "no clusters",
+        WRONG + "|" + OUT_OF_BOUNDS,
+    ),
+    Mutation(
+        "shared memory for a chunk less",
+        "launch.h",
+        "plan.resident ? iterations : kChunksAhead + 1;",
+        "plan.resident ? iterations : kChunksAhead;",
+        "streaming",
+        OUT_OF_BOUNDS,
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """The library of the kernels as they are, and its objects by the name of their source."""
+    source = tmp_path_factory.mktemp("few") / "few.cu"
+    source.write_text(FEW)
+    library = build("few", [HERE / "register.cpp", CSRC / "cuda" / "compound_norm.cu", source])
+    return library, source, {path.name.removesuffix(".o"): path for path in library.parent.glob("*.o")}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_kernels_as_they_are_pass(few, device):
+    assert failures(CASES, run_table(few[0], CASES, DEVICES[device])) == []
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
+def test_the_table_fails(few, mutation, tmp_path):
+    _, source, objects = few
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC, csrc)
+    file = csrc / "cuda" / mutation.file
+    text = file.read_text()
+    assert text.count(mutation.text) == 1
+    file.write_text(text.replace(mutation.text, mutation.replacement))
+
+    # What the mutation does not touch is linked as it is.
+    host = csrc / "cuda" / "compound_norm.cu"
+    changed = {"compound_norm.cu": [host], "launch.h": [host, source]}.get(mutation.file, [source])
+    unchanged = [path for name, path in objects.items() if name not in {path.name for path in changed}]
+    mutant = build("mutant", changed, csrc, unchanged)
+    found = failures(mutation.cases, run_table(mutant, mutation.cases, DEVICES[mutation.device]))
+    assert re.search(mutation.sign, "\n".join(found)), found

@@ -13,7 +13,6 @@
 #include "statistics.cuh"
 
 namespace cbn {
-namespace {
 
 constexpr int kStatisticsThreads = 128;
 
@@ -66,6 +65,8 @@ __global__ void update_kernel(Running<S> prior,  // its data null in split mode
   mean(m, c) = static_cast<S>(moved(mean(m, c), batch[size + i], momentum));
   var(m, c) = static_cast<S>(moved(var(m, c), unbiased(batch[2 * size + i], mass), momentum));
 }
+
+namespace {
 
 const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 

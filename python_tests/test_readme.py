@@ -6,16 +6,26 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cbn_ext import CompoundBatchNorm2d
+from cbn_ext import CompoundBatchNorm2d, CompoundBatchNormAct2d
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8"), re.S)
+CONVERSION, FUSION, LOOP = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8"), re.S)
 
 
 def test_conversion():
     names: dict = {}
-    exec(BLOCKS[0], names)
+    exec(CONVERSION, names)
     kinds = [type(module) for module in names["model"].modules()]
     assert kinds.count(CompoundBatchNorm2d) == 20 and nn.BatchNorm2d not in kinds
+
+
+def test_fusion(capsys):
+    names: dict = {}
+    exec(CONVERSION, names)
+    exec(FUSION, names)
+    kinds = [type(module) for module in names["model"].modules()]
+    assert CompoundBatchNormAct2d in kinds and nn.BatchNorm2d not in kinds and nn.ReLU not in kinds
+    # What the comment says is printed.
+    assert re.search(r"# (.*)", FUSION)[1] in capsys.readouterr().out.splitlines()
 
 
 def test_loop_with_both_paths():
@@ -35,7 +45,7 @@ def test_loop_with_both_paths():
     }
     losses = []
     for _ in range(30):
-        exec(BLOCKS[1], names)
+        exec(LOOP, names)
         losses.append(names["loss"].item())
     assert losses[-1] < losses[0] - 1
     assert ((norm.running_mean - start).abs().amax(1) > 0.01).all()

@@ -8,7 +8,8 @@ from torch import nn
 
 from cbn_ext import CompoundBatchNorm2d, CompoundBatchNormAct2d
 
-CONVERSION, FUSION, LOOP = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8"), re.S)
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+CONVERSION, FUSION, LOOP = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_conversion():

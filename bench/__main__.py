@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from bench import cpu, cuda_report, sass
 from bench.providers import WrongResultError
@@ -24,9 +23,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=280, help="time for cuda; what is left out is reported")
     parser.add_argument("--library", type=Path, help="what sass reads; default: the CUDA library of cbn_ext")
     arguments = parser.parse_args()
-    console = Console()
     if arguments.part == "sass":
-        sass.run(console, arguments.library, RESULTS)
+        sass.run(arguments.library, RESULTS)
         return
     cuda_too = arguments.part is None and torch.cuda.is_available()
     if arguments.part in (None, "cpu"):
@@ -34,11 +32,11 @@ def main() -> None:
             report = cpu.run()
         except WrongResultError as error:
             sys.exit(f"nothing was timed: {error}")
-        report.show(console)
+        report.show()
         for path in report.write(RESULTS):
-            console.print(f"wrote bench/results/{path.name}")
+            print(f"wrote bench/results/{path.name}")
     if arguments.part == "cuda" or cuda_too:
-        sys.exit(cuda_report.run(console, arguments.seconds, RESULTS))
+        sys.exit(cuda_report.run(arguments.seconds, RESULTS))
 
 
 if __name__ == "__main__":

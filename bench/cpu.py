@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import geometric_mean
 
 import torch
-from rich.progress import track
 
 import cbn_ext
 from bench.compare import Comparison, compare
@@ -49,7 +48,8 @@ def run() -> Report:
     times: list[TimeRow] = []
     memory: list[MemoryRow] = []
     with cbn_ext.use_backend("native"):
-        for comparison in track(COMPARISONS, description="CPU"):
+        for number, comparison in enumerate(COMPARISONS, 1):
+            print(f"{number} of {len(COMPARISONS)}: {comparison.case}", flush=True)
             rows = compare(comparison)
             times += rows[0]
             memory += rows[1]

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 import cbn_ext
 from bench import cuda
@@ -22,12 +21,12 @@ from bench.cuda_tables import (
 from bench.cuda_targets import DTYPES, targets
 from bench.graphs import Environment, Timer
 from bench.harness import write_csv
-from bench.plot import plot
+from bench.plot import can_plot, plot
 from bench.providers import OURS, OURS_ADD_RELU, OURS_RELU, PROVIDERS, shape_label
 from bench.report import Report, report_name, target_table
 
 
-def run(console: Console, seconds: float, folder: Path) -> int:
+def run(seconds: float, folder: Path) -> int:
     """Measure, show and write; the exit status: 1 where anything of ours failed or was wrong.
 
     Raises:
@@ -47,11 +46,11 @@ def run(console: Console, seconds: float, folder: Path) -> int:
             write_csv(csv, found.times, environment)
 
     folder.mkdir(parents=True, exist_ok=True)
-    found = cuda.run(timer, environment.copy_gb_per_s, cuda.comparisons(), seconds, console.print, save)
+    found = cuda.run(timer, environment.copy_gb_per_s, cuda.comparisons(), seconds, print, save)
     report = make_report(environment, found)
-    report.show(console, count=2)  # the others are too wide for a terminal
+    report.show(count=2)  # the others are too wide for a terminal
     for path in report.write(folder):
-        console.print(f"wrote {path}")
+        print(f"wrote {path}")
     return int(any(failure.ours for failure in found.failures))
 
 
@@ -66,6 +65,9 @@ def make_report(e: Environment, found: Measured) -> Report:
     warnings = [f"FAILED: {f.what}, {f.where}: {f.error}" for f in found.failures]
     if found.left_out:
         warnings.append(f"Left out, the time was over ({len(found.left_out)}): " + "; ".join(found.left_out))
+    if not can_plot():
+        by_dtype = {}
+        warnings.append("No pictures: matplotlib is not installed.")
     return Report(
         kind="cuda",
         environment=e,

@@ -1,18 +1,28 @@
 """The picture of a benchmark: forward+backward of every provider relative to nn.BatchNorm2d."""
 
+import importlib.util
 from collections.abc import Sequence
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from bench.harness import BOTH, TimeRow
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def plot(rows: Sequence[TimeRow], title: str) -> Figure:
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed; a benchmark can do without."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def plot(rows: Sequence[TimeRow], title: str) -> "Figure":
     """A panel for each layout, a group of bars for each shape; whiskers: 20th to 80th percentile.
 
     Only what stands beside a time of nn.BatchNorm2d is drawn. Many shapes get panels one below the other, and a linear
     scale, for which all must be near one.
     """
+    from matplotlib.figure import Figure
+
     rows = [row for row in rows if row.direction == BOTH and row.data == "mixed" and row.ratio_to_batchnorm]
     members = list(dict.fromkeys((row.provider, row.M) for row in rows))
     layouts = list(dict.fromkeys(row.layout for row in rows))

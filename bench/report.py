@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table as RichTable
+from typing import TYPE_CHECKING, Any
 
 from bench.harness import BOTH, DIRECTIONS, MemoryRow, TimeRow, write_csv
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,12 @@ class Table:
         ]
         return "\n".join([f"## {self.title}", "", *("| " + " | ".join(row) + " |" for row in rows)])
 
-    def rich(self) -> RichTable:
-        """The table for the terminal, a line between sections."""
-        table = RichTable(*self.header, title=self.title)
-        for section in self.sections:
-            for row in section:
-                table.add_row(*row, end_section=row is section[-1])
-        return table
+    def text(self) -> str:
+        """The table for the terminal, columns aligned."""
+        rows = [self.header, *(row for section in self.sections for row in section)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join([self.title, "-" * len(self.title), *(line.rstrip() for line in lines)])
 
 
 def target_table(title: str, targets: Sequence[Target]) -> Table:
@@ -110,7 +108,7 @@ class Report:
     facts: str
     csv: dict[str, Sequence[Any]]
     tables: list[Table]
-    figures: dict[str, Figure]
+    figures: dict[str, "Figure"]
     text: str
     warnings: list[str] = field(default_factory=list)
 
@@ -119,13 +117,13 @@ class Report:
         """The start of file names."""
         return report_name(self.kind, self.environment.device)
 
-    def show(self, console: Console, count: int | None = None) -> None:
+    def show(self, count: int | None = None) -> None:
         """Print the first `count` tables, or all of them; the very first one, the targets, last."""
         first, *others = self.tables[:count]
         for table in (*others, first):
-            console.print(table.rich())
+            print(table.text(), end="\n\n")
         for warning in self.warnings:
-            console.print(warning, markup=False)
+            print(warning)
 
     def write(self, folder: Path) -> list[Path]:
         """Write NAME and ending for every CSV file and figure, and NAME.md, into `folder`."""

@@ -14,7 +14,6 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 import cbn_ext
 from bench.report import Report, Table
@@ -83,7 +82,7 @@ class Environment:
     date: str
 
 
-def run(console: Console, library: Path | None, folder: Path) -> None:
+def run(library: Path | None, folder: Path) -> None:
     """Read `library`, by default that of cbn_ext, show and write a report for each architecture in it.
 
     Raises:
@@ -98,9 +97,9 @@ def run(console: Console, library: Path | None, folder: Path) -> None:
         raise RuntimeError(f"expected machine code in {library}, found none")
     for arch in archs:
         report = make_report(arch, list(rows_of(tool, library, arch)))
-        report.show(console)
+        report.show()
         for path in report.write(folder):
-            console.print(f"wrote {path}")
+            print(f"wrote {path}")
 
 
 def find_library() -> Path:

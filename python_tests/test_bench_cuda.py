@@ -1,11 +1,9 @@
 """The CUDA benchmark without a GPU: its plan, budget, checks and rows, with a timer that is told the times."""
 
-import io
 from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from rich.console import Console
 
 from bench import cuda, cuda_compare, cuda_report, providers
 from bench.compare import Comparison
@@ -284,7 +282,7 @@ def test_tensors_of_every_member_are_the_same():
 
 
 @pytest.mark.parametrize(("broken", "status"), [((), 0), ((BATCHNORM_RELU,), 0), ((OURS_RELU,), 1)])
-def test_a_whole_run(monkeypatch, tmp_path, broken, status):
+def test_a_whole_run(monkeypatch, capsys, tmp_path, broken, status):
     members = (*MEMBERS, (OURS_RELU, 4), (BATCHNORM_RELU, 1))
 
     class Timer(FakeTimer):
@@ -298,15 +296,15 @@ def test_a_whole_run(monkeypatch, tmp_path, broken, status):
     monkeypatch.setattr("cbn_ext.build_info", lambda: {"cuda_load_error": None})
     monkeypatch.setattr(cuda_report, "Timer", Timer)
     monkeypatch.setattr(cuda, "comparisons", lambda: [Comparison(SMALL, members)])
-    output = io.StringIO()
-    assert cuda_report.run(Console(file=output, width=150), 100.0, tmp_path) == status
+    assert cuda_report.run(100.0, tmp_path) == status
+    output = capsys.readouterr().out
     for line in (
         "   0 s, 1 of 1: 4x6x5x5 float32 contiguous",
         "forward+backward, cbn_ext / BatchNorm2d, float32",
         "wrote ",
         *(f"FAILED: {name}, 4x6x5x5 float32 contiguous: RuntimeError: {name} cannot be captured" for name in broken),
     ):
-        assert line in output.getvalue()
+        assert line in output
     summary = (tmp_path / "cuda-some-gpu-9.md").read_text()
     assert "| 4x6x5x5 float32 contiguous | 60.0 | 30.0 | 0.50 | 0.50 | 0.50 | 0.50 |" in summary
 
@@ -322,4 +320,4 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path, gpu, error, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr("cbn_ext.build_info", lambda: {"cuda_load_error": error})
     with pytest.raises(SystemExit, match=message):
-        cuda_report.run(None, 1.0, tmp_path)
+        cuda_report.run(1.0, tmp_path)

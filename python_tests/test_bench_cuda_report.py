@@ -21,6 +21,7 @@ from bench.providers import (
     REFERENCE_COMPILED,
     STREAMING,
 )
+from bench.report import Table
 
 COPY = 4000.0  # GB/s
 ENVIRONMENT = Environment("Some GPU 9", "555.1", "13.0", 91000, "2.11.0", "0.1.0", "2026-01-31", COPY)
@@ -186,3 +187,17 @@ def test_a_report_of_nothing_is_written_too(tmp_path):
     report.write(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["cuda-some-gpu-9.md"]
     assert "not measured" in (tmp_path / "cuda-some-gpu-9.md").read_text()
+
+
+def test_without_matplotlib_there_are_no_pictures_and_the_report_says_so(monkeypatch, tmp_path):
+    found = Measured(times=rows_of({OURS: 10.0, BATCHNORM: 12.0}))
+    assert cuda_report.make_report(ENVIRONMENT, found).figures
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    report = cuda_report.make_report(ENVIRONMENT, found)
+    assert not report.figures
+    assert report.warnings == ["No pictures: matplotlib is not installed."]
+
+
+def test_tables_are_aligned_on_the_terminal():
+    table = Table("Two", ("what", "n"), [[("a", "1")], [("longer", "20")]])
+    assert table.text() == "Two\n---\nwhat    n\na       1\nlonger  20"

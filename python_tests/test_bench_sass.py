@@ -4,7 +4,6 @@ import csv
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from bench import sass
 from bench.sass_loops import Instruction, accessed, count, has_alternatives, innermost_loops, parse
@@ -212,7 +211,7 @@ def test_report_of_every_architecture(monkeypatch, tmp_path):
 
     monkeypatch.setattr(sass, "_call", call)
     monkeypatch.setattr(sass, "find_disassembler", lambda: "cuobjdump")
-    sass.run(Console(quiet=True), Path("library.so"), tmp_path)
+    sass.run(Path("library.so"), tmp_path)
     assert [arguments[2:] for arguments in calls if arguments[0] == "-sass"] == [
         ("sm_80", "-fun", MAP, "library.so"),
         ("sm_90", "-fun", MAP, "library.so"),
@@ -231,7 +230,7 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(sass, "_call", lambda *arguments: "")
     monkeypatch.setattr(sass, "find_disassembler", lambda: "cuobjdump")
     with pytest.raises(RuntimeError, match=r"expected machine code in library\.so, found none"):
-        sass.run(Console(quiet=True), Path("library.so"), tmp_path)
+        sass.run(Path("library.so"), tmp_path)
     with pytest.raises(RuntimeError, match=r"expected kernels of 4 components for sm_90 in library\.so, found none"):
         list(sass.rows_of("cuobjdump", Path("library.so"), "sm_90"))
     monkeypatch.setattr("cbn_ext.__file__", str(tmp_path / "__init__.py"))
@@ -252,7 +251,7 @@ def test_the_disassembler_is_found_and_its_errors_shown(monkeypatch, tmp_path):
     tool.chmod(0o755)
     assert sass.find_disassembler() == str(tool)
     with pytest.raises(RuntimeError, match="cuobjdump --list-elf failed: no such file"):
-        sass.run(Console(quiet=True), Path("library.so"), tmp_path)
+        sass.run(Path("library.so"), tmp_path)
 
 
 def test_counting_by_modifier():

@@ -34,8 +34,8 @@ struct Config {
   static constexpr bool kChannelsLast = kLast;
   static constexpr int M = kComponents;
   static constexpr int kWords = sizeof(S) / sizeof(float);
-  // In channels_last every element has coefficients of its own, in registers.
   static constexpr int least(int a, int b) { return a < b ? a : b; }
+  // Elements at once: in channels_last each has coefficients of its own, in registers.
   static constexpr int kMost = kLast              ? least(4, M* kWords >= 16 ? 1 : 16 / (M * kWords))
                                : M * kWords >= 16 ? 2 / kWords
                                                   : 8;

@@ -165,10 +165,8 @@ inline Plan plan_streaming(const Extent& p, const Device& device) {
   const int64_t wanted = static_cast<int64_t>(kBlocksOfMultiprocessor) * device.multiprocessors;
   for (int most_threads = std::min(p.most_threads, kStreamingThreads);; most_threads /= 2) {
     Plan plan = block_of(p, kStreamingSegment, most_threads);
-    const int64_t chunks_of_step = step_of(plan, p) / (p.channels_last ? 1 : p.vector);
     const auto splits_for = [&](int elements_of_thread) {
-      const int64_t chunks = std::max(1, elements_of_thread / p.vector) * chunks_of_step;
-      return divide_up(p.points, chunks * (p.channels_last ? 1 : p.vector));
+      return divide_up(p.points, std::max(1, elements_of_thread / p.vector) * step_of(plan, p));
     };
     int elements = kMostElementsOfThread;
     while (elements > kFewestElementsOfThread && plan.channel_blocks * splits_for(elements) < wanted) elements /= 2;

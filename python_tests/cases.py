@@ -7,6 +7,7 @@ so loosely that the responsibilities are really mixed.
 import functools
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -181,6 +182,23 @@ def run(case: Case, backend: str, device: str = "cpu") -> Results:
         grads = gradients(y, (x, residual, weight, bias), grad)
     results = (y.detach(), *grads, *(running if case.training else (None, None, None)))
     return Results(*(None if t is None else t.cpu() for t in results))
+
+
+def forward_arguments(case: Case, device: str = "cpu") -> tuple:
+    """What the operator cbn_ext::forward takes."""
+    a = case.arguments(device)
+    prior = a.prior if a.groups is None else None
+    tensors = (a.x, a.residual, a.groups, prior, a.mean, a.var, a.weight, a.bias)
+    return *tensors, case.training, case.activation == "relu", EPS
+
+
+def backward_arguments(case: Case, device: str = "cpu", place: Callable[[Tensor], Tensor] = Tensor.detach) -> tuple:
+    """What cbn_ext::backward takes after a forward pass; its tensors of the input's size go through `place`."""
+    x, residual, groups, _, _, _, weight, bias, training, relu, eps = arguments = forward_arguments(case, device)
+    _, mask, running, batch = torch.ops.cbn_ext.forward(*arguments)
+    mask = mask if relu and residual is not None else None
+    grad = place(case.arguments(device).grad)
+    return grad, place(x), mask, groups, running, batch, weight, bias, training, relu, case.detach, eps
 
 
 QUANTITIES = Results(

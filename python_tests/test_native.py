@@ -9,7 +9,17 @@ import cases
 import oracle
 import pytest
 import torch
-from cases import EPS, MOMENTUM, NATIVE_CASES, Case, assert_results, expected, run
+from cases import (
+    EPS,
+    MOMENTUM,
+    NATIVE_CASES,
+    Case,
+    assert_results,
+    backward_arguments,
+    expected,
+    forward_arguments,
+    run,
+)
 from tolerances import assert_close
 from torch.profiler import ProfilerActivity, profile
 
@@ -44,20 +54,6 @@ def test_every_number_of_components(components, layout, training):
 
 
 # --- the operators themselves
-
-
-def forward_arguments(case):
-    x, _, residual, groups, prior, mean, var, weight, bias = case.arguments()
-    prior = None if groups is not None else prior
-    return x, residual, groups, prior, mean, var, weight, bias, case.training, case.activation == "relu", EPS
-
-
-def backward_arguments(case):
-    x, residual, groups, _, _, _, weight, bias, training, relu, eps = arguments = forward_arguments(case)
-    _, mask, running, batch = OPS.forward(*arguments)
-    mask = mask if relu and residual is not None else None
-    grad = case.arguments().grad
-    return grad, x, mask, groups, running, batch, weight, bias, training, relu, case.detach, eps
 
 
 OPCHECK_CASES = [

@@ -5,7 +5,7 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from cases import EPS, MOMENTUM, Case, leaves
+from cases import EPS, MOMENTUM, Case, backward_arguments, forward_arguments, leaves
 from tolerances import assert_close
 
 from cbn_ext import compound_batch_norm, split_batch_norm
@@ -28,34 +28,18 @@ CASES = [
 FUSED = {"activation": "relu", "residual": True}
 
 
-def forward_arguments(case):
-    a = case.arguments("cuda")
-    prior = None if case.mode == "split" else a.prior
-    tensors = (a.x, a.residual, a.groups, prior, a.mean, a.var, a.weight, a.bias)
-    return *tensors, case.training, case.activation == "relu", EPS
-
-
-def backward_arguments(case, place=torch.Tensor.detach):
-    """After a forward pass; its tensors of the input's size go through `place`."""
-    x, residual, groups, _, _, _, weight, bias, training, relu, eps = arguments = forward_arguments(case)
-    _, mask, running, batch = OPS.forward(*arguments)
-    mask = mask if relu and residual is not None else None
-    grad = place(case.arguments("cuda").grad)
-    return grad, place(x), mask, groups, running, batch, weight, bias, training, relu, case.detach, eps
-
-
 @pytest.mark.parametrize("fused", [{}, FUSED], ids=["plain", "fused"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_opcheck(case, fused):
     case = replace(case, **fused)
-    torch.library.opcheck(OPS.forward.default, forward_arguments(case))
-    torch.library.opcheck(OPS.backward.default, backward_arguments(case))
+    torch.library.opcheck(OPS.forward.default, forward_arguments(case, "cuda"))
+    torch.library.opcheck(OPS.backward.default, backward_arguments(case, "cuda"))
 
 
 @pytest.mark.parametrize("mode", ["channel", "split"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_opcheck_update_running(mode, dtype):
-    x, _, _, prior, mean, var, *_ = arguments = forward_arguments(Case(mode=mode, dtype=dtype))
+    x, _, _, prior, mean, var, *_ = arguments = forward_arguments(Case(mode=mode, dtype=dtype), "cuda")
     batch = OPS.forward(*arguments)[3]
     points = x.numel() // x.shape[1]
     torch.library.opcheck(OPS.update_running.default, (prior, mean, var, batch, points, MOMENTUM))
@@ -98,9 +82,9 @@ def test_any_alignment_gives_the_same_bits(shape, dtype, layout, path):
     case = Case(shape, dtype=dtype, layout=layout, **FUSED)
 
     def results(place):
-        arguments = [place(a) if isinstance(a, torch.Tensor) else a for a in forward_arguments(case)]
+        arguments = [place(a) if isinstance(a, torch.Tensor) else a for a in forward_arguments(case, "cuda")]
         y, mask, running, batch = OPS.forward(*arguments)
-        backward = OPS.backward(*backward_arguments(case, place))
+        backward = OPS.backward(*backward_arguments(case, "cuda", place))
         return y, mask, running, batch, *backward
 
     for expected, actual in zip(results(torch.clone), results(misaligned), strict=True):

@@ -55,6 +55,16 @@ def update_running(
     torch.ops.cbn_ext.update_running(prior, mean, var, batch, points, momentum)
 
 
+def read_cuda_environment() -> None:
+    """Read the variables CBN_CUDA_* again, which the CUDA operators read by themselves only once.
+
+    Raises:
+        RuntimeError: one of them has a value that is not allowed; nothing changes then.
+        NotImplementedError: there is no CUDA library.
+    """
+    torch.ops.cbn_ext.read_cuda_environment()
+
+
 if native_available():
 
     def _empty_like(x: Tensor) -> Tensor:

@@ -83,6 +83,12 @@ PYBIND11_MODULE(_host, m) {
              return cbn::Device{multiprocessors, shared_memory, cluster};
            }),
            py::arg("multiprocessors"), py::arg("shared_memory"), py::arg("cluster"));
+  py::class_<cbn::Tuning>(m, "Tuning", "What a measurement may change: cluster, blocks, ahead, threads; see launch.h.")
+      .def(py::init([](int cluster, int blocks, int ahead, int threads) {
+             return cbn::Tuning{cluster, blocks, ahead, threads};
+           }),
+           py::arg("cluster") = cbn::Tuning{}.cluster, py::arg("blocks") = cbn::Tuning{}.blocks,
+           py::arg("ahead") = cbn::Tuning{}.ahead, py::arg("threads") = cbn::Tuning{}.threads);
   py::class_<cbn::Extent>(m, "Extent", "What a pass works on; sizes in bytes, vector in elements of a chunk.")
       .def(py::init([](int64_t channels, int64_t points, bool channels_last, int element_size, int statistic_size,
                        int components, int vector, int most_threads, int tensors) {
@@ -103,8 +109,12 @@ PYBIND11_MODULE(_host, m) {
       .def_readonly("slots", &cbn::Plan::slots)
       .def_readonly("shared", &cbn::Plan::shared)
       .def_property_readonly("blocks", &cbn::Plan::blocks);
-  m.def("plan_reduction", &cbn::plan_reduction, py::arg("extent"), py::arg("device"),
-        "Plan of a pass that reduces and then maps.");
-  m.def("plan_streaming", &cbn::plan_streaming, py::arg("extent"), py::arg("device"),
-        "Plan of a pass that reads values from global memory only.");
+  m.def("plan_resident", &cbn::plan_resident, py::arg("extent"), py::arg("device"), py::arg("tuning"),
+        "Plan of a pass that reduces and then maps with the values on chip; None where they do not fit.");
+  m.def("plan_reduction", &cbn::plan_reduction, py::arg("extent"), py::arg("device"), py::arg("tuning"),
+        "Plan of a pass that reads values from global memory and leaves the sums of its splits there.");
+  m.def("plan_map", &cbn::plan_map, py::arg("extent"), py::arg("device"), py::arg("tuning"),
+        "Plan of a pass that reads values from global memory and maps them.");
+  m.def("bytes_of_sums", &cbn::bytes_of_sums, py::arg("extent"), py::arg("splits"),
+        "Memory of the sums that a reduction leaves.");
 }

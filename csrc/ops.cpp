@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY(cbn_ext, m) {
   m.def(
       "update_running(Tensor(a!)? prior, Tensor(b!) mean, Tensor(c!) var, Tensor batch, SymInt points, "
       "float momentum) -> ()");
+  m.def("read_cuda_environment() -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cbn_ext, CPU, m) {

@@ -8,7 +8,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -42,7 +42,7 @@ def library() -> Path:
     return next(Path(cbn_ext.__file__).parent.glob("_C_cuda.*"))
 
 
-def cuobjdump(option: str) -> Iterator[tuple[str, str]]:
+def cuobjdump(*options: str) -> Iterator[tuple[str, str]]:
     """Architecture and line of what it prints, nothing without a library; CUDA builds of torch bring it with Triton."""
     if not ARCHITECTURES:
         return
@@ -51,7 +51,7 @@ def cuobjdump(option: str) -> Iterator[tuple[str, str]]:
     tool = bundled if bundled and bundled.exists() else shutil.which("cuobjdump")
     assert tool, "expected cuobjdump from Triton or the CUDA toolkit"
     architecture = ""
-    with subprocess.Popen([tool, option, library()], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([tool, *options, library()], stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("arch = "):
                 architecture = line.removeprefix("arch = ").strip()
@@ -113,3 +113,19 @@ def test_registers_fit_the_largest_block():
     assert threads.keys() == resources().keys()
     for found, most in threads.items():
         assert most * resources()[found].registers <= REGISTERS_OF_MULTIPROCESSOR, found
+
+
+def test_a_cluster_waits_for_memory_once():
+    """Before its sums are read. The barrier at the end must not wait until all of the output has been written."""
+    functions = (
+        re.match(r" Function (\S*15resident_kernel\S*ConfigIfLi4E\S*):", line) for _, line in cuobjdump("-res-usage")
+    )
+    names = sorted({function[1] for function in functions if function})
+    for architecture in ARCHITECTURES:
+        if int(architecture.removeprefix("sm_")) < 90:
+            continue  # no clusters
+        found = Counter()
+        for _, line in cuobjdump("-sass", "-arch", architecture, "-fun", ",".join(names)):
+            found.update(re.findall(r"MEMBAR\.ALL\.GPU|UCGABAR_ARV", line))
+        assert len(names) == 4
+        assert found == {"MEMBAR.ALL.GPU": len(names), "UCGABAR_ARV": 2 * len(names)}

@@ -10,11 +10,11 @@ from cases import NATIVE_CASES, Case
 from emulation.build import CSRC, HERE, build, run_python
 from emulation.table import failures, run_table
 
-# Multiprocessors, bytes of shared memory of a block, largest cluster.
+# Multiprocessors, bytes of shared memory of a block, the largest cluster that can run; and the planner's limit.
 DEVICES = {
-    "clusters": "132,166912,8",  # many multiprocessors: blocks share a channel
-    "no clusters": "2,232448,1",
-    "streaming": "132,65536,0",
+    "clusters": {"CBN_EMULATED_DEVICE": "132,166912,8"},  # many multiprocessors: blocks share a channel
+    "no clusters": {"CBN_EMULATED_DEVICE": "2,232448,1"},
+    "streaming": {"CBN_EMULATED_DEVICE": "132,98304,8", "CBN_CUDA_CLUSTER": "0"},
 }
 CHANNELS = 2
 # Each compiled number of components for each type and layout, and points for several blocks.
@@ -74,12 +74,102 @@ def test_every_compiled_kernel_runs():
     assert {launch.kernel for launch in split} >= streaming
 
 
-def run_code(code, device="clusters"):
-    start = "import sys, torch, cbn_ext\ntorch.ops.load_library(sys.argv[1])\n"
-    start += "torch.use_deterministic_algorithms(True)\n"  # also: what is allocated is filled with NaN
-    process = run_python(start + code, str(library()), CBN_EMULATED_DEVICE=DEVICES[device])
+START = """
+import ctypes, os, sys, torch, cbn_ext
+torch.ops.load_library(sys.argv[1])
+torch.use_deterministic_algorithms(True)  # also: what is allocated is filled with NaN
+
+def said(function):
+    function = getattr(ctypes.CDLL(sys.argv[1]), function)
+    function.restype = ctypes.c_char_p
+    return function().decode()
+"""
+
+
+def run_code(code, device=DEVICES["clusters"]):
+    process = run_python(START + code, str(library()), **device)
     assert process.returncode == 0, process.stderr
     return process.stdout
+
+
+def test_clusters_are_no_larger_than_the_device_can_run():
+    """The architecture has clusters of 8, a part of a device fewer multiprocessors side by side."""
+    device = {"CBN_EMULATED_DEVICE": "132,166912,2"}
+    cases = [case for case in INSTANCES if case.dtype == torch.float32]
+    small = run_table(library(), cases, device)
+    assert failures(cases, small) == []
+    assert {launch.cluster for launch in small.launches} == {1, 2}
+
+
+def test_the_limit_of_shared_memory_is_set_once_for_each_kernel():
+    """To all that the device has, whatever the first launch needs: a later one may need more."""
+    output = run_code("""
+layer = cbn_ext.CompoundBatchNorm2d(2)
+for size in (40, 160, 20, 200, 120):
+    layer(torch.randn(4, 2, size, size, requires_grad=True)).sum().backward()
+print(said("cbn_emulation_limits"))
+""")
+    limits = [line.split() for line in output.split("\n") if line]
+    assert all("resident_kernel" in kernel for kernel, _ in limits)
+    assert len({kernel for kernel, _ in limits}) == len(limits) == 2
+    assert {size for _, size in limits} == {"166912"}
+
+
+def test_the_environment_is_read_once_or_when_it_is_told_to():
+    output = run_code(
+        """
+layer, x = cbn_ext.CompoundBatchNorm2d(2), torch.randn(2, 2, 9, 9)
+for cluster in ("1", "8", "0"):
+    layer(x)
+    print("resident" in said("cbn_emulation_launches"))
+    os.environ["CBN_CUDA_CLUSTER"] = cluster
+cbn_ext.ops.read_cuda_environment()
+layer(x)
+print("resident" in said("cbn_emulation_launches"))
+os.environ["CBN_CUDA_CLUSTER"] = "1"
+cbn_ext.ops.read_cuda_environment()
+layer(x)
+print("resident" in said("cbn_emulation_launches"))
+""",
+        DEVICES["streaming"],
+    )
+    assert output.split() == ["False"] * 4 + ["True"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "allowed"),
+    [
+        ("CBN_CUDA_CLUSTER", "0, 1, 2, 4, 8"),
+        ("CBN_CUDA_BLOCKS", "1, 2, 4, 8, 16, 32"),
+        ("CBN_CUDA_AHEAD", "3, 7"),
+        ("CBN_CUDA_THREADS", "64, 128, 256, 512"),
+    ],
+)
+@pytest.mark.parametrize("value", ["5", "", "1 "])
+def test_other_values_in_the_environment_are_errors(variable, allowed, value):
+    code = """
+layer = cbn_ext.CompoundBatchNorm2d(2)
+try:
+    layer(torch.randn(2, 2, 9, 9))
+except RuntimeError as error:
+    print(error)
+"""
+    output = run_code(code, {**DEVICES["clusters"], variable: value})
+    assert f"expected {variable} to be one of {allowed}; got {value}" in output
+
+
+@pytest.mark.parametrize("ahead", ["3", "7"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_either_number_of_chunks_ahead_gives_the_same_bits(layout, ahead):
+    cases = [
+        case for case in INSTANCES if case.dtype != torch.float64 and case.layout == layout and case.components == 4
+    ]
+    usual = table("streaming").results[len(NATIVE_CASES) :]
+    usual = [result for case, result in zip(INSTANCES, usual, strict=False) if case in cases]
+    again = run_table(library(), cases, {**DEVICES["streaming"], "CBN_CUDA_AHEAD": ahead})
+    assert not again.process_error
+    for case, one, other in zip(cases, usual, again.results, strict=True):
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(one, other, strict=True)), case
 
 
 def test_groups_out_of_range_stop_the_kernel():
@@ -142,6 +232,6 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             assert all(map(torch.equal, bits(shifts), wanted)), (dtype, layout, shifts)
 print("done")
 """,
-        device,
+        DEVICES[device],
     )
     assert output == "done\n"

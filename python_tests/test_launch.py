@@ -1,6 +1,5 @@
 """Launch planning (csrc/cuda/launch.h) by itself: every element is covered once and every limit kept."""
 
-import itertools
 import math
 
 import pytest
@@ -10,14 +9,23 @@ from hypothesis import strategies as st
 from cbn_ext import _host
 
 WARP = 32
-CHUNKS_AHEAD = 3  # of the ring in the streaming path
-MOST_ELEMENTS = 128  # that a thread adds up in single precision in the streaming path
+MOST_POINTS = 128  # that a thread adds up in single precision in the streaming path
+MOST_OF_INPUT = 0.025  # the memory of the sums, of the input's, in the streaming path
+LITTLE = 16384  # bytes that they may always have
 
-H200 = _host.Device(multiprocessors=132, shared_memory=232448, cluster=8)
-A100 = _host.Device(multiprocessors=108, shared_memory=166912, cluster=1)
-A10 = _host.Device(multiprocessors=72, shared_memory=101376, cluster=1)
-STREAMING = _host.Device(multiprocessors=132, shared_memory=232448, cluster=0)
-DEVICES = {"H200": H200, "A100": A100, "A10": A10, "streaming": STREAMING}
+LIMITS = {"H200": (132, 232448, 8), "A100": (108, 166912, 1), "A10": (72, 101376, 1)}
+DEVICES = {name: _host.Device(*limits) for name, limits in LIMITS.items()}
+H200, A100 = DEVICES["H200"], DEVICES["A100"]
+USUAL = _host.Tuning()
+TUNINGS = {"usual": {}, "other": {"cluster": 2, "blocks": 16, "ahead": 7, "threads": 128}, "streaming": {"cluster": 0}}
+PASSES = {"resident": _host.plan_resident, "reduction": _host.plan_reduction, "map": _host.plan_map}
+
+# ResNets on CIFAR at batch 128, and ResNet-50 on ImageNet at two batches.
+NETWORK_SHAPES = [(128, 32, 16, 16), (128, 16, 32, 32), (128, 64, 8, 8)] + [
+    (images, channels, size, size)
+    for images in (64, 256)
+    for channels, size in ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))
+]
 
 
 def vector(channels_last: bool, element_size: int, components: int) -> int:
@@ -48,13 +56,6 @@ def extent(channels, points, channels_last, element_size=4, components=4, tensor
     return arguments, _host.Extent(**arguments)
 
 
-def coverage(begin: int, end: int, plan, arguments) -> list[range]:
-    """The points that each iteration of a block of threads takes."""
-    rows = plan.threads // plan.lanes
-    step = rows if arguments["channels_last"] else plan.threads * arguments["vector"]
-    return [range(start, min(start + step, end)) for start in range(begin, end, step)]
-
-
 EXTENTS = st.fixed_dictionaries(
     {
         "channels": st.one_of(st.integers(1, 300), st.sampled_from([512, 1000, 2048, 70000])),
@@ -67,24 +68,27 @@ EXTENTS = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("planning", [_host.plan_reduction, _host.plan_streaming], ids=["reduction", "streaming"])
-@pytest.mark.parametrize("device", DEVICES)
-@settings(max_examples=700)
-@given(case=EXTENTS)
-def test_every_limit_is_kept_and_every_element_covered_once(planning, device, case):
+@pytest.mark.parametrize("planned", PASSES)
+@settings(max_examples=2000)
+@given(device=st.sampled_from(list(DEVICES)), tuning=st.sampled_from(list(TUNINGS)), case=EXTENTS)
+def test_every_limit_is_kept_and_every_element_covered_once(planned, device, tuning, case):
     assume(case["channels"] * case["points"] < 2**40)  # more than any memory holds
-    limits = {"H200": (232448, 8), "A100": (166912, 1), "A10": (101376, 1), "streaming": (232448, 1)}
-    shared_memory, cluster = limits[device]
+    multiprocessors, shared_memory, cluster = LIMITS[device]
+    chosen = TUNINGS[tuning]
     arguments, asked = extent(**case)
-    plan = planning(asked, DEVICES[device])
+    plan = PASSES[planned](asked, DEVICES[device], _host.Tuning(**chosen))
+    if plan is None:
+        assert planned == "resident"
+        return
     channels_last, v = arguments["channels_last"], arguments["vector"]
 
-    assert plan.threads % WARP == 0 and 2 * WARP <= plan.threads <= arguments["most_threads"]
+    most_threads = min(arguments["most_threads"], chosen.get("threads", 512) if plan.resident else 256)
+    assert plan.threads % WARP == 0 and 2 * WARP <= plan.threads <= most_threads
     assert plan.shared <= shared_memory
     assert 1 <= plan.blocks == plan.channel_blocks * plan.splits < 2**31
-    assert not (plan.resident and device == "streaming")
+    assert plan.resident == (planned == "resident")
     if plan.resident:
-        assert plan.splits in (1, 2, 4, 8) and plan.splits <= cluster
+        assert plan.splits in (1, 2, 4, 8) and plan.splits <= min(cluster, chosen.get("cluster", 8))
 
     # Channels: blocks of K, the last one perhaps not full; lanes are whole in a warp and in the bytes of the mask.
     assert plan.channels_of_block == (plan.lanes * v if channels_last else 1)
@@ -102,25 +106,57 @@ def test_every_limit_is_kept_and_every_element_covered_once(planning, device, ca
         assert (plan.splits - 1) * plan.points_of_split < arguments["points"]
     if not channels_last:
         assert plan.points_of_split % (WARP * v) == 0
-    last = min(plan.splits - 1, (arguments["points"] - 1) // plan.points_of_split)
-    for split in {0, last}:
-        begin = split * plan.points_of_split
-        end = min(begin + plan.points_of_split, arguments["points"])
-        taken = coverage(begin, end, plan, arguments)
-        assert taken[0].start == begin and taken[-1].stop == end
-        assert all(one.stop == other.start for one, other in itertools.pairwise(taken))
-        assert len(taken) <= plan.slots or not plan.resident
+    step = plan.threads // plan.lanes if channels_last else plan.threads * v
+    assert not plan.resident or plan.slots * step >= min(plan.points_of_split, arguments["points"])
 
-    # Shared memory holds the chunks after everything else.
-    assert plan.slots == CHUNKS_AHEAD + 1 or plan.resident
+    # Shared memory holds the chunks after everything else; the ring of the streaming path those under way and one more.
+    if not plan.resident:
+        assert plan.slots in (4, 8)
+        assert plan.slots <= chosen.get("ahead", 7 if channels_last else 3) + 1
     chunks = plan.slots * plan.threads * v * arguments["element_size"] * arguments["tensors"]
     items = arguments["components"] * plan.channels_of_block
     assert plan.shared >= chunks + items * (6 * 8 + 12 * arguments["statistic_size"])
 
-    # Single precision adds up few elements.
-    of_thread = math.ceil(plan.points_of_split / (plan.threads / plan.lanes)) * (v if channels_last else 1)
-    if not plan.resident:
-        assert of_thread <= MOST_ELEMENTS + (WARP * v if not channels_last else v)
+    if planned != "reduction":
+        return
+    # Sums take little memory, and single precision adds up few points where that allows it.
+    input_bytes = arguments["channels"] * arguments["points"] * arguments["element_size"]
+    of_split = 3 * arguments["components"] * arguments["channels"] * arguments["statistic_size"]
+    assert _host.bytes_of_sums(asked, plan.splits) == of_split * plan.splits
+    most = max(MOST_OF_INPUT * input_bytes, LITTLE)
+    assert plan.splits == 1 or of_split * plan.splits <= most
+    rows = plan.threads // plan.lanes
+    of_thread = math.ceil(plan.points_of_split / rows)
+    # Splits are limited by memory, but for rounding; or rounding takes a few more points, a quarter at most.
+    limited = of_split * (2 * plan.splits + multiprocessors) > most
+    assert limited or of_thread <= 1.25 * MOST_POINTS + (0 if channels_last else WARP * v)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("element_size", [2, 4, 8])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("components", [1, 2, 4, 8, 16])
+def test_sums_take_little_memory_at_the_sizes_of_networks(device, element_size, channels_last, components):
+    """And the multiprocessors have work: there are as many blocks, where that many would have enough to do."""
+    for images, channels, height, width in NETWORK_SHAPES:
+        points = images * height * width
+        _, asked = extent(channels, points, channels_last, element_size, components)
+        plan = _host.plan_reduction(asked, DEVICES[device], USUAL)
+        share = _host.bytes_of_sums(asked, plan.splits) / (channels * points * element_size)
+        # The statistics themselves, in one split, are more only for 16 components of 16-bit inputs.
+        assert share <= MOST_OF_INPUT or (plan.splits == 1 and components == 16 and element_size == 2)
+        if components <= 4:
+            assert plan.blocks >= LIMITS[device][0] / 2 or channels * points <= 2**21
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("blocks", [4, 16])
+def test_a_map_has_the_blocks_it_is_asked_for(blocks, channels_last):
+    """However many points a thread then takes: 256 x 256 x 56 x 56 float32 on 132 multiprocessors."""
+    _, asked = extent(256, 256 * 56 * 56, channels_last, tensors=2)
+    plan = _host.plan_map(asked, H200, _host.Tuning(blocks=blocks))
+    assert 0.9 * blocks * 132 <= plan.blocks <= blocks * 132
+    assert math.ceil(plan.points_of_split / (plan.threads // plan.lanes)) > 2 * MOST_POINTS or blocks == 16
 
 
 @pytest.mark.parametrize(
@@ -145,17 +181,13 @@ def test_every_limit_is_kept_and_every_element_covered_once(planning, device, ca
 def test_where_a_channel_stays_on_chip(channels, points, tensors, resident, splits):
     """float32 and contiguous; by hand: points x 4 bytes x tensors over 8 blocks of 227 KiB."""
     _, asked = extent(channels, points, False, tensors=tensors)
-    plan = _host.plan_reduction(asked, H200)
-    assert plan.resident == resident
-    if resident:
-        assert plan.splits == splits
-    else:
-        assert plan.blocks >= 8 * 132  # enough to keep every multiprocessor busy to the end
+    plan = _host.plan_resident(asked, H200, USUAL)
+    assert (plan is not None) == resident
+    assert plan is None or plan.splits == splits
 
 
 def test_no_cluster_without_clusters():
     _, asked = extent(16, 128 * 32 * 32, False)
-    assert not _host.plan_reduction(asked, A100).resident
+    assert _host.plan_resident(asked, A100, USUAL) is None
     _, asked = extent(1024, 64 * 14 * 14, False)
-    plan = _host.plan_reduction(asked, A100)
-    assert plan.resident and plan.splits == 1
+    assert _host.plan_resident(asked, A100, USUAL).splits == 1

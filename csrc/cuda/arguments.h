@@ -39,8 +39,8 @@ struct Arguments {
   void* batch;         // [3, M, C] mass, mean, var: written in the forward pass, read in the backward pass
   void* grad_weight;   // [M, C]
   void* grad_bias;     // [M, C]
-  double* partials;    // [splits, 3 or 2, M, C] sums, of the streaming path
-  double* origins;     // [C] what the sums are relative to
+  void* partials;      // [splits, 3 or 2, M, C] sums, of the streaming path
+  void* origins;       // [C] what the sums are relative to
   double eps;
   bool training;
   bool relu;

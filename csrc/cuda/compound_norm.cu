@@ -3,14 +3,15 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <cstdlib>
-#include <cstring>
+#include <optional>
 #include <vector>
 
 #include "../checks.h"
 #include "../layout.h"
 #include "reduce.cuh"
+#include "runtime.h"
 #include "statistics.cuh"
+#include "tuning.h"
 
 namespace cbn {
 
@@ -25,11 +26,12 @@ __global__ void finish_kernel(const __grid_constant__ Arguments a) {
   if (i >= size) return;
   double sums[kKinds] = {};
   for (int64_t split = threadIdx.x % kWarp; split < a.splits; split += kWarp)
-    for (int kind = 0; kind < kKinds; ++kind) sums[kind] += a.partials[(split * kKinds + kind) * size + i];
+    for (int kind = 0; kind < kKinds; ++kind)
+      sums[kind] += static_cast<const S*>(a.partials)[(split * kKinds + kind) * size + i];
   for (int kind = 0; kind < kKinds; ++kind) sums[kind] = warp_sum(sums[kind], 1);
   if (threadIdx.x % kWarp != 0) return;
   const Component<S> component{a, i};
-  const double origin = a.splits ? a.origins[i % a.channels] : 0;
+  const double origin = a.splits ? static_cast<const S*>(a.origins)[i % a.channels] : 0;
   if constexpr (kForward) {
     if (a.training) component.write_batch(component.finish_moments(sums, origin));
     component.keep_running();
@@ -74,17 +76,6 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType t
   return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
 }
 
-// The device as the plan may use it. CBN_CUDA_CLUSTER limits the clusters: 1 allows none, 0 streams always.
-Device usable_device(int index) {
-  Device device = device_properties(index);
-  if (const char* asked = std::getenv("CBN_CUDA_CLUSTER")) {
-    STD_TORCH_CHECK(std::strlen(asked) == 1 && *asked >= '0' && *asked <= '8',
-                    "expected CBN_CUDA_CLUSTER from 0 to 8, got ", asked);
-    device.cluster = std::min(device.cluster, *asked - '0');
-  }
-  return device;
-}
-
 // What forward and backward have in common; owns what had to be copied.
 struct Call {
   Tensor x;
@@ -93,8 +84,9 @@ struct Call {
   Kernels kernels{};
   Arguments arguments{};
   Extent extent{};
+  int index;  // of the device
   Device device;
-  Stream stream;
+  cudaStream_t stream;
 
   Call(const Tensor& input, const OptionalTensor& groups_in, int64_t components, const OptionalTensor& weight_in,
        const OptionalTensor& bias_in)
@@ -117,8 +109,9 @@ struct Call {
       default:
         kernels = kernels_bfloat16(m, channels_last);
     }
-    device = usable_device(x.get_device_index());
-    stream = current_stream(x.get_device_index());
+    index = x.get_device_index();
+    device = device_properties(index);
+    stream = current_stream(index);
     Arguments& a = arguments;
     a.channels = x.size(1);
     const int64_t images = x.size(0), planes = images * a.channels;
@@ -159,7 +152,7 @@ struct Call {
     return static_cast<int>(run);
   }
 
-  void use(const Plan& plan) {
+  void launch_pass(Kernels::Kernel kernel, const Plan& plan) {
     Arguments& a = arguments;
     a.run = run();
     a.lanes = plan.lanes;
@@ -167,11 +160,7 @@ struct Call {
     a.splits = plan.splits;
     a.points_of_split = plan.points_of_split;
     a.slots = plan.slots;
-  }
-
-  void launch_pass(Kernels::Kernel kernel, const Plan& plan) const {
-    launch(kernel, {plan.blocks(), plan.threads, plan.resident ? static_cast<int>(plan.splits) : 1, plan.shared},
-           stream, arguments);
+    launch(kernel, plan.launch(), stream, arguments);
   }
 
   template <bool kForward>
@@ -185,17 +174,21 @@ struct Call {
   // A reduction, what is done with its results, and a map.
   template <bool kForward>
   void run_both(Kernels::Kernel reduce, Kernels::Kernel map, Kernels::Kernel both) {
-    const Plan plan = plan_reduction(extent, device);
-    use(plan);
-    if (plan.resident) return launch_pass(both, plan);
+    const Tuning chosen = tuning();
+    if (device.cluster > 1 && chosen.cluster > 1)
+      device.cluster = largest_cluster(reinterpret_cast<const void*>(both), kernels.most_threads, index);
+    if (const std::optional<Plan> plan = plan_resident(extent, device, chosen)) return launch_pass(both, *plan);
+    Extent reduced = extent;
+    if (kForward) reduced.tensors = 1;  // the residual is for the map
+    const Plan plan = plan_reduction(reduced, device, chosen);
     const int64_t kinds = kForward ? kMomentSums : kGradientSums;
     const int64_t sums = plan.splits * kinds * arguments.components * arguments.channels;
-    const Tensor workspace = empty(x, {sums + arguments.channels}, ScalarType::Double);
-    arguments.partials = workspace.mutable_data_ptr<double>();
-    arguments.origins = arguments.partials + sums;
+    const Tensor workspace = empty(x, {sums + arguments.channels}, statistics_type(x.scalar_type()));
+    arguments.partials = workspace.mutable_data_ptr();
+    arguments.origins = static_cast<char*>(arguments.partials) + sums * extent.statistic_size;
     launch_pass(reduce, plan);
     finish<kForward>();
-    launch_pass(map, plan);
+    launch_pass(map, plan_map(extent, device, chosen));
   }
 };
 
@@ -241,9 +234,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(const Tensor& x, const O
   } else if (training) {
     call.run_both<true>(call.kernels.moments, call.kernels.normalise, call.kernels.forward);
   } else {
-    const Plan plan = plan_streaming(call.extent, call.device);
-    call.use(plan);
-    call.launch_pass(call.kernels.normalise, plan);
+    call.launch_pass(call.kernels.normalise, plan_map(call.extent, call.device, tuning()));
   }
   return {y, mask, running, batch};
 }

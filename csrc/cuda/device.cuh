@@ -10,18 +10,10 @@
 #else
 
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/shim_utils.h>
 
 #include <cassert>
-#include <map>
-#include <mutex>
 
 namespace cbn {
-
-#if defined(__CUDACC__)
 
 // The block's dynamic shared memory.
 __device__ __forceinline__ unsigned char* shared_memory() {
@@ -37,6 +29,10 @@ __device__ __forceinline__ void cluster_sync() {
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
 }
+// The two halves of a barrier after which no memory is read: a thread arrives when it needs the other blocks no more,
+// and waits before its own block ends. Relaxed, or it would wait until all that it stored is visible.
+__device__ __forceinline__ void cluster_arrive() { __cluster_barrier_arrive_relaxed(); }
+__device__ __forceinline__ void cluster_wait() { __cluster_barrier_wait(); }
 // The same address in the shared memory of another block of the cluster.
 template <class T>
 __device__ __forceinline__ const T* cluster_shared(const T* own, unsigned rank) {
@@ -46,6 +42,8 @@ __device__ __forceinline__ const T* cluster_shared(const T* own, unsigned rank) 
 __device__ __forceinline__ unsigned cluster_size() { return 1; }
 __device__ __forceinline__ unsigned cluster_rank() { return 0; }
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
 template <class T>
 __device__ __forceinline__ const T* cluster_shared(const T* own, unsigned) {
   return own;
@@ -86,6 +84,20 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// The same for one of two numbers, without a branch.
+template <int kFew, int kMany>
+__device__ __forceinline__ void wait_for_copies(bool many) {
+  asm volatile(
+      "{\n"
+      "  .reg .pred many;\n"
+      "  setp.ne.s32 many, %0, 0;\n"
+      "  @many cp.async.wait_group %1;\n"
+      "  @!many cp.async.wait_group %2;\n"
+      "}" ::"r"(static_cast<int>(many)),
+      "n"(kMany), "n"(kFew)
+      : "memory");
+}
+
 // Integers of so many bytes, that move in one instruction.
 template <size_t kBytes>
 struct Word;
@@ -118,73 +130,6 @@ __device__ __forceinline__ void store_global(P* to, P value) {
 // Stops the kernel and the CUDA context with an error that names what was expected, whatever NDEBUG says.
 __device__ __forceinline__ void device_check(bool condition, const char* expectation) {
   if (!condition) __assert_fail(expectation, "cbn_ext", 0, "");
-}
-
-#endif  // __CUDACC__
-
-inline void check(cudaError_t status) {
-  STD_TORCH_CHECK(status == cudaSuccess, "CUDA error: ", cudaGetErrorString(status));
-}
-
-using DeviceGuard = torch::stable::accelerator::DeviceGuard;
-using Stream = cudaStream_t;
-
-inline Stream current_stream(int device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<Stream>(stream);
-}
-
-#if defined(__CUDACC__)
-
-static __global__ void compiled_version() {}
-
-inline Device device_properties(int index) {
-  static std::mutex mutex;
-  static std::map<int, Device> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find(index);
-  if (found != known.end()) return found->second;
-  Device device{};
-  int clusters = 0;
-  check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index));
-  check(cudaDeviceGetAttribute(&device.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-  check(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, index));
-  // Code compiled for an older device knows no clusters, also when it runs on a newer one.
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&compiled_version)));
-  device.cluster = clusters && attributes.ptxVersion >= 90 ? kLargestCluster : 1;
-  return known[index] = device;
-}
-
-#endif
-
-struct Launch {
-  int64_t blocks;
-  int threads;
-  int cluster;
-  unsigned shared;
-};
-
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), const Launch& shape, Stream stream, Arguments... arguments) {
-  const void* function = reinterpret_cast<const void*>(kernel);
-  // What a block may have without asking.
-  constexpr unsigned kUsualShared = 48 << 10;
-  if (shape.shared > kUsualShared)
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared)));
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
-  config.dynamicSmemBytes = shape.shared;
-  config.stream = stream;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
 }  // namespace cbn

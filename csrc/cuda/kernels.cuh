@@ -12,13 +12,13 @@ template <class C>
 struct Slots {
   using Chunk = typename Walk<C>::Chunk;
   Chunk* first;
-  int slots;
+  int count;
 
   __device__ __forceinline__ Slots(const Block<C>& block, const Shared<C>& shared)
-      : first(reinterpret_cast<Chunk*>(shared.values)), slots(block.a.slots) {}
+      : first(reinterpret_cast<Chunk*>(shared.values)), count(block.a.slots) {}
 
   __device__ __forceinline__ Chunk* operator()(int tensor, int slot) const {
-    return first + (tensor * slots + slot) * blockDim.x + threadIdx.x;
+    return first + (tensor * count + slot) * blockDim.x + threadIdx.x;
   }
 };
 
@@ -30,7 +30,6 @@ enum class Source { kStream, kFetchAndKeep, kKept };
 template <class C, Pass pass, Source source>
 struct Chunks {
   using Chunk = typename Walk<C>::Chunk;
-  static constexpr int kAhead = source == Source::kStream ? kChunksAhead : kResidentChunksAhead;
 
   const Block<C>& block;
   Slots<C> slots;
@@ -43,11 +42,25 @@ struct Chunks {
     // What is kept is for the second pass too.
     const bool needs_residual = pass == Pass::kNormalise || source == Source::kFetchAndKeep;
     second = reads_gradient(pass) ? block.a.grad : needs_residual ? block.a.residual : nullptr;
-    if (source != Source::kKept)
-      for (int i = 0; i < kAhead; ++i) fetch<false>(i);
+    if constexpr (source != Source::kKept) {
+#pragma unroll 1
+      for (int i = 0; i < chunks_ahead(); ++i) fetch<false>(i);
+    }
   }
 
-  static __device__ __forceinline__ int slot_of(int i) { return source == Source::kStream ? i % (kAhead + 1) : i; }
+  // A ring has a power of two of slots: one for the chunk that is worked on.
+  __device__ __forceinline__ int slot_of(int i) const { return source == Source::kStream ? i & (slots.count - 1) : i; }
+  __device__ __forceinline__ int chunks_ahead() const {
+    return source == Source::kStream ? slots.count - 1 : kResidentChunksAhead;
+  }
+
+  // Waits for the chunk that was fetched `chunks_ahead` before the last one.
+  __device__ __forceinline__ void wait() const {
+    if (source == Source::kFetchAndKeep)
+      wait_for_copies<kResidentChunksAhead>();
+    else
+      wait_for_copies<kChunksAhead, kMoreChunksAhead>(slots.count > kChunksAhead + 1);
+  }
 
   template <bool kPlain>
   __device__ __forceinline__ void fetch(int i) {
@@ -65,8 +78,8 @@ struct Chunks {
   __device__ __forceinline__ void for_each(Visit visit) {
     for (int i = 0; i < iterations; ++i) {
       if (source != Source::kKept) {
-        fetch<kPlain>(i + kAhead);
-        wait_for_copies<kAhead>();
+        fetch<kPlain>(i + chunks_ahead());
+        wait();
       }
       Chunk x = *slots(0, slot_of(i)), other;
       if (reads_gradient(pass) || (!kPlain && second)) other = *slots(1, slot_of(i));
@@ -298,8 +311,10 @@ __global__ void __launch_bounds__(C::kThreads, 1) reduce_kernel(const __grid_con
   for_each_component(block, shared, [&](int m, int j, const Component<S>& component) {
     const int64_t size = a.components * a.channels;
     for (int kind = 0; kind < kKinds; ++kind)
-      a.partials[(block.split * kKinds + kind) * size + component.i] = shared.totals[(kind * C::M + m) * shared.K + j];
-    if (m == 0 && block.split == 0) a.origins[block.first_channel + j] = shared.origin[j];
+      static_cast<S*>(a.partials)[(block.split * kKinds + kind) * size + component.i] =
+          static_cast<S>(shared.totals[(kind * C::M + m) * shared.K + j]);
+    if (m == 0 && block.split == 0)
+      static_cast<S*>(a.origins)[block.first_channel + j] = static_cast<S>(shared.origin[j]);
   });
 }
 
@@ -337,7 +352,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) resident_kernel(const __grid_c
   const Walk<C> start(block);
   const Form form =
       reduce_block<C, kForward ? Pass::kMoments : Pass::kGradientSums, Source::kFetchAndKeep>(block, shared, start);
-  cluster_sync();
+  if (a.splits > 1) cluster_sync();
   for_each_component(block, shared, [&](int m, int j, const Component<S>& component) {
     double sums[kKinds];
     for (int kind = 0; kind < kKinds; ++kind) sums[kind] = cluster_total(shared, (kind * C::M + m) * shared.K + j);
@@ -355,9 +370,11 @@ __global__ void __launch_bounds__(C::kThreads, 1) resident_kernel(const __grid_c
     }
   });
   __syncthreads();
+  // No block ends while others read its totals; this one has read theirs.
+  if (a.splits > 1) cluster_arrive();
   Chunks<C, pass, Source::kKept> chunks(block, shared, start);
   map_block<C, pass>(block, shared, chunks, form);
-  cluster_sync();  // no block ends while others read its totals
+  if (a.splits > 1) cluster_wait();
 }
 
 template <class E, int M, bool kChannelsLast>

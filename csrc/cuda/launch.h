@@ -3,30 +3,37 @@
 // A *block of channels* is one channel, or in channels_last the neighbouring channels that a block of threads
 // takes side by side. Its points are split among blocks of threads. In the resident path these blocks are one
 // cluster, which keeps the values on chip between the reduction and the second pass: each is read once. In the
-// streaming path the values are read twice, by two kernels.
+// streaming path the values are read twice, by two kernels, each with a plan of its own.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 namespace cbn {
 
 constexpr int kWarp = 32;
-// Sums of a thread are kept in the statistics' type for at most so many elements, then in double.
-constexpr int kMostElementsOfThread = 128;
+// A thread's sums are kept in the statistics' type for at most so many points, then in double, unless the sums would
+// take too much memory.
+constexpr int kMostPointsOfThread = 128;
 constexpr int kFewestElementsOfThread = 16;
-// Chunks that a thread has under way while it works on one; the resident path has room for more.
+// Kinds of sums that a reduction has at most: mass, mean, variance.
+constexpr int kMostSums = 3;
+// The streaming path's sums take at most a fortieth of the input's memory, or so many bytes.
+constexpr int kInputOfSums = 40;
+constexpr int64_t kFewestBytesOfSums = 16 << 10;
+// Chunks that a thread has under way while it works on one. In channels_last fewer blocks share a multiprocessor, so
+// that each must have more bytes under way; the resident path has room for more.
 constexpr int kChunksAhead = 3;
+constexpr int kMoreChunksAhead = 7;
 constexpr int kResidentChunksAhead = 8;
 // Warps that add their sums at a time: 4, or 2 where a sum takes 8 bytes.
 constexpr int sum_rows(int statistic_size) { return 16 / statistic_size; }
 constexpr int kStreamingThreads = 256;
-// Blocks for each multiprocessor that the streaming path tries to have: several run at once, and the last ones
-// to end should be few among many.
-constexpr int kBlocksOfMultiprocessor = 16;
-// Bytes of neighbouring channels that a block reads at a time in channels_last.
+// Bytes of neighbouring channels that a block reads at a time in channels_last; memory moves them by the sector.
 constexpr int kResidentSegment = 64;
 constexpr int kStreamingSegment = 256;
+constexpr int kSector = 32;
 // Bytes that a block takes of its multiprocessor beside its own.
 constexpr int kReservedShared = 1024;
 // Of a cluster that every device with clusters can launch.
@@ -35,7 +42,15 @@ constexpr int kLargestCluster = 8;
 struct Device {
   int multiprocessors;
   int shared_memory;  // bytes that a block may have
-  int cluster;        // blocks of the largest cluster; 1: no clusters, 0: no resident path
+  int cluster;        // blocks of the largest cluster; 1: no clusters
+};
+
+// What a measurement may change (tuning.h).
+struct Tuning {
+  int cluster = kLargestCluster;  // blocks of the largest cluster; 1: no clusters, 0: no resident path
+  int blocks = 4;                 // for each multiprocessor that the streaming path tries to have
+  int ahead = 0;                  // chunks under way in the streaming path: 3 or 7; 0: by the layout
+  int threads = 512;              // of a resident block at most
 };
 
 // What a pass works on.
@@ -48,7 +63,7 @@ struct Extent {
   int components;      // M, as compiled
   int vector;          // V elements that a thread takes at once: points, or in channels_last channels
   int most_threads;    // of a block
-  int tensors;         // read by a pass: 1, or 2 in the backward pass
+  int tensors;         // read by a pass: 1 or 2
 };
 
 // Offsets in bytes of a block's shared memory; K channels of the block. Shared by host and kernels.
@@ -76,6 +91,14 @@ constexpr SharedMemory shared_memory_of(int components, int channels, int statis
   return at;
 }
 
+// Threads and blocks as the kernels are launched.
+struct Launch {
+  int64_t blocks;
+  int threads;
+  int cluster;  // blocks, which divide all of them
+  unsigned shared;
+};
+
 struct Plan {
   bool resident;
   int threads;            // of a block
@@ -87,6 +110,7 @@ struct Plan {
   int slots;        // chunks of a thread in shared memory, of each tensor
   unsigned shared;  // bytes
   int64_t blocks() const { return channel_blocks * splits; }
+  Launch launch() const { return {blocks(), threads, resident ? static_cast<int>(splits) : 1, shared}; }
 };
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -127,10 +151,8 @@ inline void split(Plan& plan, const Extent& p, int64_t splits) {
   plan.splits = splits;
 }
 
-// Shared memory for all chunks of the resident path, or for a ring of them.
-inline void take_shared_memory(Plan& plan, const Extent& p) {
-  const int64_t iterations = divide_up(plan.points_of_split, step_of(plan, p));
-  const int64_t slots = plan.resident ? iterations : kChunksAhead + 1;
+// Shared memory for so many chunks of each thread.
+inline void take_shared_memory(Plan& plan, const Extent& p, int64_t slots) {
   const int64_t bytes = slots * plan.threads * p.vector * p.element_size * p.tensors;
   constexpr int64_t kNone = 1 << 30;  // more than any device has
   plan.slots = static_cast<int>(std::min(slots, kNone));
@@ -138,50 +160,96 @@ inline void take_shared_memory(Plan& plan, const Extent& p) {
                 static_cast<unsigned>(std::min(bytes, kNone));
 }
 
-// The smallest cluster whose shared memory holds the values, so that two blocks fit on a multiprocessor if that
-// can be; a larger one where multiprocessors would be idle.
-inline bool plan_resident(Plan& plan, const Extent& p, const Device& device) {
-  const int largest = std::min(device.cluster, kLargestCluster);
+// A cluster of blocks that keeps all chunks on chip, for a pass that reduces and then maps; nothing where there is
+// none. The smallest one whose shared memory holds the values, so that two blocks fit on a multiprocessor if that can
+// be; a larger one where multiprocessors would be idle.
+inline std::optional<Plan> plan_resident(const Extent& p, const Device& device, const Tuning& tuning) {
+  const int largest = std::min({device.cluster, tuning.cluster, kLargestCluster});
+  Plan plan = block_of(p, kResidentSegment, std::min(p.most_threads, tuning.threads));
+  plan.resident = true;
+  const auto share = [&](int cluster) {
+    split(plan, p, cluster);
+    take_shared_memory(plan, p, divide_up(plan.points_of_split, step_of(plan, p)));
+  };
   for (const int limit : {device.shared_memory / 2 - kReservedShared, device.shared_memory}) {
     for (int cluster = 1; cluster <= largest; cluster *= 2) {
-      plan = block_of(p, kResidentSegment, p.most_threads);
-      plan.resident = true;
-      split(plan, p, cluster);
-      take_shared_memory(plan, p);
+      share(cluster);
       if (plan.shared > static_cast<unsigned>(limit)) continue;
       while (cluster * 2 <= largest && plan.channel_blocks * cluster * 2 <= device.multiprocessors &&
              plan.points_of_split > 2 * step_of(plan, p)) {
         cluster *= 2;
-        split(plan, p, cluster);
+        share(cluster);
       }
-      take_shared_memory(plan, p);
-      return true;
+      return plan;
     }
   }
-  return false;
+  return std::nullopt;
 }
 
-inline Plan plan_streaming(const Extent& p, const Device& device) {
-  const int64_t wanted = static_cast<int64_t>(kBlocksOfMultiprocessor) * device.multiprocessors;
-  for (int most_threads = std::min(p.most_threads, kStreamingThreads);; most_threads /= 2) {
-    Plan plan = block_of(p, kStreamingSegment, most_threads);
-    const auto splits_for = [&](int elements_of_thread) {
-      return divide_up(p.points, std::max(1, elements_of_thread / p.vector) * step_of(plan, p));
-    };
-    int elements = kMostElementsOfThread;
-    while (elements > kFewestElementsOfThread && plan.channel_blocks * splits_for(elements) < wanted) elements /= 2;
-    split(plan, p, std::max<int64_t>(1, splits_for(elements)));
-    // Rounding to whole warps may have left splits without points.
-    plan.splits = std::max<int64_t>(1, divide_up(p.points, plan.points_of_split));
-    take_shared_memory(plan, p);
-    if (plan.shared <= static_cast<unsigned>(device.shared_memory) || most_threads == 2 * kWarp) return plan;
+// A block of the streaming path, whose chunks go through a ring in shared memory; splits are still to be chosen.
+inline Plan streaming_block(const Extent& p, int segment, const Device& device, const Tuning& tuning) {
+  int ahead = tuning.ahead ? tuning.ahead : p.channels_last ? kMoreChunksAhead : kChunksAhead;
+  for (int most_threads = std::min(p.most_threads, kStreamingThreads);;) {
+    Plan plan = block_of(p, segment, most_threads);
+    take_shared_memory(plan, p, ahead + 1);
+    if (plan.shared <= static_cast<unsigned>(device.shared_memory)) return plan;
+    if (ahead > kChunksAhead)
+      ahead = kChunksAhead;
+    else if (most_threads > 2 * kWarp)
+      most_threads /= 2;
+    else
+      return plan;
   }
 }
 
-// Of a pass that reduces and then maps.
-inline Plan plan_reduction(const Extent& p, const Device& device) {
-  Plan plan{};
-  return plan_resident(plan, p, device) ? plan : plan_streaming(p, device);
+// Splits for the blocks that the multiprocessors are to have.
+inline int64_t wanted_splits(const Plan& plan, const Device& device, const Tuning& tuning) {
+  return std::max<int64_t>(1, static_cast<int64_t>(tuning.blocks) * device.multiprocessors / plan.channel_blocks);
+}
+
+// Splits of which each thread has the fewest elements that are worth a thread.
+inline int64_t useful_splits(const Plan& plan, const Extent& p) {
+  return divide_up(p.points, std::max(1, kFewestElementsOfThread / p.vector) * step_of(plan, p));
+}
+
+// Fewer splits where the last round of blocks would leave most multiprocessors idle: a pass takes as long as its
+// rounds, each as long as a split.
+inline int64_t whole_rounds(int64_t splits, const Plan& plan, const Device& device) {
+  const int64_t rounds = splits * plan.channel_blocks / device.multiprocessors;
+  const int64_t fewer = rounds * device.multiprocessors / plan.channel_blocks;
+  return rounds * splits < (rounds + 1) * fewer ? fewer : splits;
+}
+
+// Cuts the points into splits of which none is empty, also where rounding to whole warps makes them fewer.
+inline void split_all(Plan& plan, const Extent& p, int64_t splits) {
+  split(plan, p, std::max<int64_t>(1, splits));
+  plan.splits = std::max<int64_t>(1, divide_up(p.points, plan.points_of_split));
+}
+
+constexpr int64_t bytes_of_sums(const Extent& p, int64_t splits) {
+  return splits * kMostSums * p.components * p.channels * p.statistic_size;
+}
+
+// The reduction of the streaming path. Each split leaves its sums in memory: where they allow few splits, blocks take
+// fewer channels, so that there are more of them.
+inline Plan plan_reduction(const Extent& p, const Device& device, const Tuning& tuning) {
+  const int64_t bytes = p.points * p.channels * p.element_size;
+  const int64_t most = std::max(bytes / kInputOfSums, kFewestBytesOfSums) / bytes_of_sums(p, 1);
+  for (int segment = kStreamingSegment;; segment /= 2) {
+    Plan plan = streaming_block(p, segment, device, tuning);
+    const int64_t iterations = p.channels_last ? kMostPointsOfThread : std::max(1, kMostPointsOfThread / p.vector);
+    const int64_t precise = divide_up(p.points, iterations * step_of(plan, p));
+    const int64_t wanted = std::min(wanted_splits(plan, device, tuning), useful_splits(plan, p));
+    split_all(plan, p, whole_rounds(std::min(std::max(wanted, precise), most), plan, device));
+    if (!p.channels_last || segment == kSector || plan.blocks() >= device.multiprocessors) return plan;
+  }
+}
+
+// The pass of the streaming path that maps.
+inline Plan plan_map(const Extent& p, const Device& device, const Tuning& tuning) {
+  Plan plan = streaming_block(p, kStreamingSegment, device, tuning);
+  split_all(plan, p, std::min(wanted_splits(plan, device, tuning), useful_splits(plan, p)));
+  return plan;
 }
 
 }  // namespace cbn

@@ -17,7 +17,11 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
+
+#include "cuda/launch.h"
+#include "emulated_runtime.h"
 
 extern "C" {
 __attribute__((weak)) void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, std::size_t size);
@@ -103,6 +107,7 @@ struct Fiber : Context {
 struct Group {
   int first, count;
   int arrived = 0, first_arrived = 0;
+  Site site = {};                  // where they arrive
   std::uint64_t bits[kWarp] = {};  // of a warp: what its threads gave to the last exchange
 };
 
@@ -126,9 +131,11 @@ struct Thread {
   Site site = {};  // where it waits
   std::uint64_t bits = 0;
   bool ended = false;
-  bool reads_other_block = false;  // since it last waited for the cluster
-  std::vector<Copy> copies;        // under way
-  int groups_of_copies = 0;        // that are complete
+  bool arrived_in_cluster = false;  // where others have not
+  bool owes_wait = false;           // for the cluster in which it arrived
+  bool reads_other_block = false;   // since it last arrived in the cluster
+  std::vector<Copy> copies;         // under way
+  int groups_of_copies = 0;         // that are complete
 };
 
 struct Cluster {
@@ -179,22 +186,31 @@ void schedule() {
   switch_to(*fibers[cluster.current]);
 }
 
-void wait(Group& group, const Site& site) {
+// Counts the thread. The last one of a group lets go those that wait.
+void arrive(Group& group, const Site& site) {
+  if (group.arrived == 0) {
+    group.first_arrived = cluster.current;
+    group.site = site;
+  }
+  if (!same(site, group.site))
+    fail("waits at %s, but %s at %s", described(site).c_str(), described(cluster.threads[group.first_arrived]).c_str(),
+         described(group.site).c_str());
+  if (++group.arrived < group.count) return;
+  group.arrived = 0;
+  for (int i = 0; i < group.count; ++i) {
+    Thread& thread = cluster.threads[group.first + i];
+    if (group.count == kWarp) group.bits[i] = thread.bits;
+    if (&group == &cluster.threads_of_cluster) thread.arrived_in_cluster = false;
+    if (thread.waits_in != &group) continue;
+    thread.waits_in = nullptr;
+    cluster.ready.push_back(group.first + i);
+  }
+}
+
+void arrive_and_wait(Group& group, const Site& site) {
   self().waits_in = &group;
   self().site = site;
-  if (group.arrived == 0) group.first_arrived = cluster.current;
-  const Thread& first = cluster.threads[group.first_arrived];
-  if (!same(site, first.site))
-    fail("waits at %s, but %s at %s", described(site).c_str(), described(first).c_str(), described(first.site).c_str());
-  if (++group.arrived == group.count) {
-    group.arrived = 0;
-    for (int i = 0; i < group.count; ++i) {
-      Thread& thread = cluster.threads[group.first + i];
-      thread.waits_in = nullptr;
-      cluster.ready.push_back(group.first + i);
-      if (group.count == kWarp) group.bits[i] = thread.bits;
-    }
-  }
+  arrive(group, site);
   schedule();
 }
 
@@ -205,6 +221,7 @@ void run_threads() {
     cluster.thread();
     if (self().reads_other_block)
       fail("ends without cluster_sync after it read another block's shared memory, which may have ended before");
+    if (self().owes_wait) fail("ends without cluster_wait after cluster_arrive");
     if (!self().copies.empty()) fail("ends before its copies to shared memory");
     self().ended = true;
     Block& block = cluster.blocks[self().rank];
@@ -223,6 +240,7 @@ std::string deadlock() {
     for (int i = 0; i < thread.waits_in->count; ++i) {
       const Thread& missing = cluster.threads[thread.waits_in->first + i];
       if (missing.waits_in == thread.waits_in) continue;
+      if (missing.arrived_in_cluster && thread.waits_in == &cluster.threads_of_cluster) continue;
       return described(thread) + " waits at " + described(thread.site) + ", which " + described(missing) +
              " does not reach: it " + (missing.ended ? "has ended" : "waits at " + described(missing.site));
     }
@@ -265,15 +283,42 @@ void prepare(const Launch& launch, const std::function<void()>& thread, unsigned
   gridDim.x = static_cast<unsigned>(launch.blocks);
 }
 
-std::string check(const Launch& launch) {
-  const Device device = device_properties(0);
-  const int largest = std::max(1, device.cluster);
+// What CBN_EMULATED_DEVICE=multiprocessors,shared_memory,cluster says: bytes of a block, and the blocks of the largest
+// cluster that can run; 1: the architecture has no clusters.
+Device emulated_device() {
+  const char* text = std::getenv("CBN_EMULATED_DEVICE");
+  if (text == nullptr) return {4, 64 * 1024, kLargestCluster};
+  Device device;
+  char rest;
+  if (std::sscanf(text, "%d,%d,%d%c", &device.multiprocessors, &device.shared_memory, &device.cluster, &rest) != 3 ||
+      device.multiprocessors < 1 || device.shared_memory < 0 || device.cluster < 1)
+    throw std::runtime_error("expected CBN_EMULATED_DEVICE=multiprocessors,shared_memory,cluster, got " +
+                             std::string(text));
+  return device;
+}
+
+constexpr int kUsualShared = 48 * 1024;
+// Bytes of shared memory that a kernel's blocks may have, where they were asked for; and every such call.
+std::map<const void*, int> shared_limits;
+std::vector<std::pair<const void*, int>> limit_calls;
+cudaError_t last_error = cudaSuccess;
+std::string error_text;
+
+cudaError_t refused(const std::string& text) {
+  error_text = text;
+  return last_error = cudaErrorInvalidValue;
+}
+
+std::string check(const void* kernel, const Launch& launch) {
+  const Device device = emulated_device();
+  const auto limit = shared_limits.find(kernel);
+  const int shared = std::min(device.shared_memory, limit == shared_limits.end() ? kUsualShared : limit->second);
   if (launch.blocks < 1 || launch.blocks > kMostBlocks) return "expected 1 to 2^31 - 1 blocks";
   if (launch.threads < 1 || launch.threads > kMostThreads) return "expected 1 to 1024 threads";
-  if (launch.cluster < 1 || launch.cluster > largest || launch.blocks % launch.cluster != 0)
-    return "expected clusters of 1 to " + std::to_string(largest) + " blocks that divide the number of blocks";
-  if (launch.shared > static_cast<unsigned>(device.shared_memory))
-    return "expected at most " + std::to_string(device.shared_memory) + " bytes of shared memory";
+  if (launch.cluster < 1 || launch.cluster > device.cluster || launch.blocks % launch.cluster != 0)
+    return "expected clusters of 1 to " + std::to_string(device.cluster) + " blocks that divide the number of blocks";
+  if (launch.shared > static_cast<unsigned>(shared))
+    return "expected at most " + std::to_string(shared) + " bytes of shared memory";
   return "";
 }
 
@@ -292,11 +337,24 @@ std::string demangled(const std::string& symbol) {
 
 }  // namespace
 
-void wait_for_block(const Site& site) { wait(cluster.threads_of_block[self().rank], site); }
+void wait_for_block(const Site& site) { arrive_and_wait(cluster.threads_of_block[self().rank], site); }
+
+void arrive_in_cluster(const Site& site) {
+  self().reads_other_block = false;
+  self().arrived_in_cluster = self().owes_wait = true;
+  arrive(cluster.threads_of_cluster, site);
+}
 
 void wait_for_cluster(const Site& site) {
-  self().reads_other_block = false;
-  wait(cluster.threads_of_cluster, site);
+  if (!self().owes_wait) fail("waits at %s without cluster_arrive before", described(site).c_str());
+  self().owes_wait = false;
+  if (self().arrived_in_cluster) {
+    self().waits_in = &cluster.threads_of_cluster;
+    self().site = site;
+  } else {
+    cluster.ready.push_back(cluster.current);
+  }
+  schedule();
 }
 
 const std::uint64_t* exchange_in_warp(unsigned mask, std::uint64_t bits, const Site& site) {
@@ -305,7 +363,7 @@ const std::uint64_t* exchange_in_warp(unsigned mask, std::uint64_t bits, const S
   if (mask != 0xffffffff || warp.count != kWarp)
     fail("is at %s with mask %x in a warp of %d threads", described(site).c_str(), mask, warp.count);
   self().bits = bits;
-  wait(warp, site);
+  arrive_and_wait(warp, site);
   return warp.bits;
 }
 
@@ -352,42 +410,36 @@ void fail(const char* format, ...) {
   std::abort();  // nothing comes back to a launch that failed
 }
 
-void run(const void* kernel, const Launch& launch, const std::function<void()>& thread) {
+// A launch that breaks a limit is refused with an error; one that goes wrong while it runs throws.
+cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const char* text = std::getenv("CBN_EMULATION_SEED");
   const unsigned seed = text ? std::stoul(text) : 0;
-  std::string failure = check(launch);
-  if (failure.empty()) {
-    std::int64_t& most_blocks = launches[{symbol_of(kernel), launch.cluster}];
-    most_blocks = std::max(most_blocks, launch.blocks);
-    prepare(launch, thread, seed);
-    std::vector<unsigned> order(launch.blocks / launch.cluster);
-    std::iota(order.begin(), order.end(), 0);
-    std::shuffle(order.begin(), order.end(), cluster.random);
-    for (std::size_t i = 0; i < order.size() && failure.empty(); ++i) failure = run_cluster(order[i] * launch.cluster);
-  }
-  if (failure.empty()) return;
+  const int clusters = config.numAttrs ? static_cast<int>(config.attrs->val.clusterDim.x) : 1;
+  const Launch shape{config.gridDim.x, static_cast<int>(config.blockDim.x), clusters,
+                     static_cast<unsigned>(config.dynamicSmemBytes)};
+  const auto message = [&](const std::string& failure) {
+    return "emulated " + demangled(symbol_of(kernel)) + ": " + failure + " [" + described(shape) +
+           ", CBN_EMULATION_SEED=" + std::to_string(seed) + "]";
+  };
+  if (const std::string failure = check(kernel, shape); !failure.empty()) return refused(message(failure));
+  std::int64_t& most_blocks = launches[{symbol_of(kernel), shape.cluster}];
+  most_blocks = std::max(most_blocks, shape.blocks);
+  prepare(shape, thread, seed);
+  std::vector<unsigned> order(shape.blocks / shape.cluster);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), cluster.random);
+  std::string failure;
+  for (std::size_t i = 0; i < order.size() && failure.empty(); ++i) failure = run_cluster(order[i] * shape.cluster);
+  if (failure.empty()) return cudaSuccess;
   for (Block& block : cluster.blocks) std::free(block.shared);
   cluster = {};
   fibers.clear();  // those that have not ended are abandoned
-  throw std::runtime_error("emulated " + demangled(symbol_of(kernel)) + ": " + failure + " [" + described(launch) +
-                           ", CBN_EMULATION_SEED=" + std::to_string(seed) + "]");
+  throw std::runtime_error(message(failure));
 }
 
 }  // namespace emulation
-
-Device device_properties(int) {
-  const char* text = std::getenv("CBN_EMULATED_DEVICE");
-  if (text == nullptr) return {4, 64 * 1024, kLargestCluster};
-  Device device;
-  char rest;
-  if (std::sscanf(text, "%d,%d,%d%c", &device.multiprocessors, &device.shared_memory, &device.cluster, &rest) != 3 ||
-      device.multiprocessors < 1 || device.shared_memory < 0 || device.cluster < 0)
-    throw std::runtime_error("expected CBN_EMULATED_DEVICE=multiprocessors,shared_memory,cluster, got " +
-                             std::string(text));
-  return device;
-}
 
 void copy_async(void* shared, const void* global, int bytes) {
   if (bytes != 4 && bytes != 8 && bytes != 16) emulation::fail("copies %d bytes: expected 4, 8 or 16", bytes);
@@ -410,11 +462,57 @@ unsigned cluster_rank() { return static_cast<unsigned>(emulation::self().rank); 
 
 }  // namespace cbn
 
+using namespace cbn::emulation;
+
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+
+const char* cudaGetErrorString(cudaError_t status) { return status == cudaSuccess ? "no error" : error_text.c_str(); }
+
+cudaError_t cudaGetDevice(int* index) {
+  *index = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const cbn::Device device = emulated_device();
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? device.multiprocessors
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? device.shared_memory
+                                                                  : device.cluster > 1;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  limit_calls.push_back({kernel, value});
+  if (value > emulated_device().shared_memory) return refused("more shared memory than the device has");
+  shared_limits[kernel] = value;
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
+  const cbn::Device device = emulated_device();
+  const int size = static_cast<int>(config->attrs->val.clusterDim.x);
+  *clusters = size <= device.cluster ? std::max(1, device.multiprocessors / size) : 0;
+  return cudaSuccess;
+}
+
 // Lines of "symbol cluster blocks": what was launched since the library was loaded, with how many blocks at most.
 extern "C" const char* cbn_emulation_launches() {
   static std::string lines;
   lines.clear();
-  for (const auto& [kernel, most_blocks] : cbn::emulation::launches)
+  for (const auto& [kernel, most_blocks] : launches)
     lines += kernel.first + " " + std::to_string(kernel.second) + " " + std::to_string(most_blocks) + "\n";
+  return lines.c_str();
+}
+
+// Lines of "symbol bytes": every call that set a kernel's limit of shared memory.
+extern "C" const char* cbn_emulation_limits() {
+  static std::string lines;
+  lines.clear();
+  for (const auto& [kernel, bytes] : limit_calls) lines += symbol_of(kernel) + " " + std::to_string(bytes) + "\n";
   return lines.c_str();
 }

@@ -10,11 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <tuple>
 #include <type_traits>
-
-#include "cuda/launch.h"
 
 #define __global__
 #define __device__
@@ -25,22 +21,13 @@
 
 namespace cbn {
 
-struct Launch {
-  std::int64_t blocks;  // a multiple of cluster
-  int threads;          // of a block
-  int cluster;          // blocks
-  unsigned shared;      // bytes
-};
-
-using Stream = int;
-
 namespace emulation {
 
 struct Index {
   unsigned x;
 };
 
-// The barriers and exchanges that a thread can wait at; its source line tells one from another.
+// The barriers and exchanges that a thread can arrive at; its source line tells one from another.
 struct Site {
   const char* function;
   const char* file;
@@ -50,7 +37,8 @@ struct Site {
 // Waits for all threads of the block, of the cluster or, giving `bits` to the others, of the warp, whose bits are
 // returned: 32 of them, valid until this thread's next exchange.
 void wait_for_block(const Site& site);
-void wait_for_cluster(const Site& site);
+void arrive_in_cluster(const Site& site);
+void wait_for_cluster(const Site& site);  // after it arrived
 const std::uint64_t* exchange_in_warp(unsigned mask, std::uint64_t bits, const Site& site);
 
 unsigned lane();
@@ -60,34 +48,24 @@ void wait_for_copies(int pending);
 // Ends the launch; the message goes on from "thread i of block j".
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// Calls `thread` once for every thread of the launch of `kernel`.
-void run(const void* kernel, const Launch& shape, const std::function<void()>& thread);
-
 void check_aligned(const void* address, std::size_t bytes);
 
 inline float flush_subnormal(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 
 }  // namespace emulation
 
-// What CBN_EMULATED_DEVICE=multiprocessors,shared_memory,cluster says.
-Device device_properties(int index);
-inline Stream current_stream(int) { return 0; }
-
-struct DeviceGuard {
-  explicit DeviceGuard(int) {}
-};
-
-template <class... P, class... A>
-void launch(void (*kernel)(P...), const Launch& shape, Stream, A... arguments) {
-  const std::tuple<P...> parameters(arguments...);
-  emulation::run(reinterpret_cast<const void*>(kernel), shape, [&] { std::apply(kernel, parameters); });
-}
-
 unsigned char* shared_memory();
 unsigned cluster_size();
 unsigned cluster_rank();
 
+inline void cluster_arrive(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulation::arrive_in_cluster({"cluster_arrive", file, line});
+}
+inline void cluster_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulation::wait_for_cluster({"cluster_wait", file, line});
+}
 inline void cluster_sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulation::arrive_in_cluster({"cluster_sync", file, line});
   emulation::wait_for_cluster({"cluster_sync", file, line});
 }
 
@@ -107,6 +85,10 @@ void commit_copies();
 template <int kPending>
 void wait_for_copies() {
   emulation::wait_for_copies(kPending);
+}
+template <int kFew, int kMany>
+void wait_for_copies(bool many) {
+  emulation::wait_for_copies(many ? kMany : kFew);
 }
 
 template <class P>

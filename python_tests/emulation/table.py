@@ -4,7 +4,7 @@ import ctypes
 import pickle
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,13 +29,13 @@ class Table(NamedTuple):
     process_error: str  # what ended the process before its end, or ""
 
 
-def run_table(library: Path, cases: Sequence[Case], device: str, seed: int = 0) -> Table:
+def run_table(library: Path, cases: Sequence[Case], device: Mapping[str, str], seed: int = 0) -> Table:
     """Run cases with the kernels of a library.
 
     Args:
         library: with the operators, from `build`.
         cases: to run.
-        device: "multiprocessors,shared_memory,cluster", bytes of a block and blocks at most.
+        device: environment variables that tell what device is emulated, and what of it the planner uses.
         seed: of the order of threads and blocks.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -44,8 +44,8 @@ def run_table(library: Path, cases: Sequence[Case], device: str, seed: int = 0) 
         process = run_python(
             "from emulation.table import _run; _run()",
             *map(str, (library, task, answer)),
-            CBN_EMULATED_DEVICE=device,
             CBN_EMULATION_SEED=str(seed),
+            **device,
         )
         if process.returncode != 0:
             last = (process.stdout.splitlines() or ["nothing"])[-1]

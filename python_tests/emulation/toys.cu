@@ -1,5 +1,6 @@
 // Small kernels that show what the emulation does and what it catches; called by name.
-#include "emulated_device.h"
+#include "cuda/device.cuh"
+#include "cuda/runtime.h"
 
 #include <algorithm>
 #include <numeric>
@@ -39,6 +40,20 @@ __global__ void cluster_sum(double* out, bool first_barrier, bool last_barrier) 
   double sum = 0;
   for (unsigned rank = 0; rank < cluster_size(); ++rank) sum += *cluster_shared(own, rank);
   if (last_barrier) cluster_sync();
+  out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
+}
+
+// The same; the last barrier in halves, or one of them, or the sum between them.
+__global__ void cluster_sum_in_halves(double* out, bool arrives, bool waits, bool reads_between) {
+  double* own = shared_doubles();
+  if (threadIdx.x == 0) *own = 1.0 + cluster_rank();
+  cluster_sync();
+  double sum = 0;
+  if (arrives && reads_between) cluster_arrive();
+  for (unsigned rank = 0; rank < cluster_size(); ++rank) sum += *cluster_shared(own, rank);
+  if (arrives && !reads_between) cluster_arrive();
+  sum += 0 * __shfl_xor_sync(kAll, sum, 1);  // other barriers may lie between the halves
+  if (waits) cluster_wait();
   out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
 }
 
@@ -170,6 +185,10 @@ void run(const std::string& name, double* out, const Launch& shape) {
   if (name == "cluster_sum") return start(cluster_sum, true, true);
   if (name == "cluster_sum_without_barrier") return start(cluster_sum, false, true);
   if (name == "cluster_sum_without_last_barrier") return start(cluster_sum, true, false);
+  if (name == "cluster_sum_in_halves") return start(cluster_sum_in_halves, true, true, false);
+  if (name == "cluster_sum_in_halves_without_wait") return start(cluster_sum_in_halves, true, false, false);
+  if (name == "cluster_sum_in_halves_without_arrival") return start(cluster_sum_in_halves, false, true, false);
+  if (name == "cluster_sum_in_halves_without_order") return start(cluster_sum_in_halves, true, true, true);
   if (name == "warp_sum") return start(warp_sum);
   if (name == "ballot") return start(ballot);
   if (name == "copies_all") return start(copies<0>, indices.data(), true);

@@ -14,6 +14,7 @@ COMPILERS = ("c++", "g++", "clang++")
 # Where no GPU is there to ask: Ampere, whose code runs on Ada too, and Hopper; later ones start from the PTX.
 DEFAULT_ARCHS = ("8.0", "9.0+PTX")
 OLDEST_ARCH = (8, 0)  # that has the asynchronous copies of the kernels
+OLDER_NAMES = ("Kepler", "Maxwell", "Pascal", "Volta", "Turing")  # torch's, also followed by +Tesla or +Tegra
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ def choose_compiler() -> None:
         os.environ["CXX"] = found
 
 
+def _is_too_old(arch: str) -> bool:
+    """Tell if an entry of TORCH_CUDA_ARCH_LIST, a version or one of torch's names, is older than OLDEST_ARCH."""
+    version = re.match(r"(\d+)\.(\d)", arch)
+    return tuple(map(int, version.groups())) < OLDEST_ARCH if version else arch.startswith(OLDER_NAMES)
+
+
 def resolve(
     torch_version: str,
     torch_folder: Path,
@@ -58,11 +65,12 @@ def resolve(
         devices: compute capabilities of the GPUs in this machine.
 
     FORCE_CUDA=0 builds for the CPU only; FORCE_CUDA=1 fails rather than build without CUDA;
-    TORCH_CUDA_ARCH_LIST names the architectures.
+    TORCH_CUDA_ARCH_LIST names the architectures, of which those that are too old are left out: container images preset
+    it to all that torch has.
 
     Raises:
-        SystemExit: FORCE_CUDA=1 and CUDA cannot be built, FORCE_CUDA has another value, or TORCH_CUDA_ARCH_LIST names
-            an architecture that is too old.
+        SystemExit: FORCE_CUDA=1 and CUDA cannot be built, FORCE_CUDA has another value, or all that
+            TORCH_CUDA_ARCH_LIST names is too old.
     """
     force = os.environ.get("FORCE_CUDA", "")
     if force not in ("", "0", "1"):
@@ -93,14 +101,19 @@ def resolve(
         parts.append(f"CPU only: {obstacle}")
         return Plan("; ".join(parts), toolkit.home if toolkit else None, [])
 
+    left_out = [arch for arch in asked if _is_too_old(arch)]
     if asked:
-        archs, why = asked, "TORCH_CUDA_ARCH_LIST"
-        versions = (re.match(r"(\d+)\.(\d)", arch) for arch in archs)  # names such as Hopper are torch's
-        if any(version and tuple(map(int, version.groups())) < OLDEST_ARCH for version in versions):
-            raise SystemExit(f"cbn_ext: expected {oldest} or newer in TORCH_CUDA_ARCH_LIST, got {' '.join(asked)}")
+        archs, why = [arch for arch in asked if arch not in left_out], "TORCH_CUDA_ARCH_LIST"
+        if not archs:
+            raise SystemExit(
+                f"cbn_ext: expected {oldest} or newer in TORCH_CUDA_ARCH_LIST, got {' '.join(asked)}; "
+                "FORCE_CUDA=0 builds for the CPU only"
+            )
     elif devices:
         archs, why = [f"{major}.{minor}" for major, minor in usable], "this machine's GPUs"
     else:
         archs, why = list(DEFAULT_ARCHS), "no GPU here, the default"
     parts.append(f"CPU and CUDA for {' '.join(archs)} ({why})")
+    if left_out:
+        parts.append(f"left out, older than {oldest}: {' '.join(left_out)}")
     return Plan("; ".join(parts), toolkit.home, archs)

@@ -4,6 +4,9 @@ One pair of `torch.autograd.Function`s serves every backend and mode. The backwa
 that double backward differentiates the composite formula rather than, silently, nothing.
 """
 
+import inspect
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -146,7 +149,8 @@ def split_batch_norm(
         raise RuntimeError(f"expected integer groups, got {groups.dtype}")
     if groups.device != input.device:
         raise RuntimeError(f"expected groups on {input.device}, the input's device, got {groups.device}")
-    groups = groups.long()
+    if groups.dtype != torch.long:
+        groups = groups.long()
     return _normalize(
         input, residual, groups, None, running_mean, running_var, weight, bias,
         True, activation, momentum, eps, "channel", False,
@@ -172,7 +176,7 @@ def _normalize(
     _check(input, residual, prior, mean, var, weight, bias, training, activation, responsibility)
     dtype = reference.compute_dtype(input.dtype)
     native = _use_native(input, responsibility)
-    per_channel = (None if t is None else t.to(dtype) for t in (weight, bias, prior, mean, var))
+    per_channel = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (weight, bias, prior, mean, var))
     y, _, _, batch = _Normalize.apply(
         input, residual, groups, *per_channel,
         training, activation == "relu", eps, responsibility, detach_responsibility, native,
@@ -223,28 +227,32 @@ def _check(
         raise NotImplementedError(f"expected an input of {_DTYPES}, got {input.dtype}")
     if not 2 <= input.dim() <= 5:
         raise ValueError(f"expected 2D to 5D input (got {input.dim()}D input)")
-    channels = input.shape[1]
-    if mean.dim() != 2 or mean.shape[1] != channels:
+    channels, shape = input.shape[1], mean.shape
+    if len(shape) != 2 or shape[1] != channels:
         raise RuntimeError(
-            f"expected running_mean of shape (M, {channels}) for an input of {channels} channels, "
-            f"got {tuple(mean.shape)}"
+            f"expected running_mean of shape (M, {channels}) for an input of {channels} channels, got {tuple(shape)}"
         )
-    components = mean.shape[0]
+    components = shape[0]
     if not 1 <= components <= 16:
         raise RuntimeError(f"expected 1 to 16 components, got {components}")
-    prior_shape = (components,) if responsibility == "joint" else (components, channels)
-    expected = [("running_var", var, mean.shape), ("weight", weight, mean.shape), ("bias", bias, mean.shape)]
-    for name, tensor, shape in [("running_prior", prior, prior_shape), *expected]:
-        if tensor is not None and tensor.shape != shape:
-            raise RuntimeError(f"expected {name} of shape {tuple(shape)}, got {tuple(tensor.shape)}")
     narrow = input.dtype in (torch.float16, torch.bfloat16)
     allowed = (input.dtype, torch.float32) if narrow else (input.dtype,)
-    for name, tensor in [("running_prior", prior), ("running_mean", mean), *((n, t) for n, t, _ in expected)]:
-        if tensor is not None and tensor.dtype not in allowed:
+    for name, tensor, expected in (
+        ("running_prior", prior, shape[:1] if responsibility == "joint" else shape),
+        ("running_mean", mean, shape),
+        ("running_var", var, shape),
+        ("weight", weight, shape),
+        ("bias", bias, shape),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != expected:
+            raise RuntimeError(f"expected {name} of shape {tuple(expected)}, got {tuple(tensor.shape)}")
+        if tensor.dtype not in allowed:
             raise RuntimeError(
                 f"expected {name} of {' or '.join(map(str, allowed))} for an input of {input.dtype}, got {tensor.dtype}"
             )
-        if tensor is not None and tensor.device != input.device:
+        if tensor.device != input.device:
             raise RuntimeError(f"expected {name} on {input.device}, the input's device, got {tensor.device}")
     if residual is not None:
         # No broadcasting: its gradient is the output's, masked.
@@ -260,12 +268,19 @@ def _check(
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
 
 
+def _keep_signature(forward: Callable) -> Callable:
+    """Store a forward's signature: torch binds arguments to it in each call, and would else read it anew each time."""
+    forward.__signature__ = inspect.signature(forward)
+    return forward
+
+
 class _Normalize(torch.autograd.Function):
     """Forward of every mode and backend. Saves x, the ReLU's mask and per-channel tensors; p is recomputed."""
 
     generate_vmap_rule = True
 
     @staticmethod
+    @_keep_signature
     def forward(
         x, residual, groups, weight, bias, prior, mean, var, training, relu, eps, responsibility, detach, native
     ):  # fmt: skip
@@ -309,6 +324,7 @@ class _NormalizeBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_keep_signature
     def forward(
         grad, x, weight, bias, mask, groups, running, batch, training, relu, eps, responsibility, detach, native
     ):  # fmt: skip

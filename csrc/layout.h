@@ -10,6 +10,9 @@ namespace cbn {
 
 using torch::stable::Tensor;
 
+// t itself where it is contiguous: torch's function costs a call of its dispatcher even then.
+inline Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // Whether channels vary fastest, in any number of dimensions; of (N, C) it is true of the contiguous layout.
 inline bool is_channels_last(const Tensor& x) {
   int64_t stride = x.size(1);
@@ -23,7 +26,7 @@ inline bool is_channels_last(const Tensor& x) {
 
 // t in x's layout, copied only where it is in another one.
 inline Tensor laid_out(const Tensor& t, bool channels_last) {
-  if (!channels_last) return torch::stable::contiguous(t);
+  if (!channels_last) return cbn::contiguous(t);
   if (is_channels_last(t)) return t;
   Tensor moved = t;
   for (int64_t d = 1; d + 1 < t.dim(); ++d) moved = torch::stable::transpose(moved, d, d + 1);

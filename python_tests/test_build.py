@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import setuptools
 from setuptools.config.pyprojecttoml import load_file
+from torch.utils import cpp_extension
 
 from build_backend import host_torch, resolve, toolkit
 
@@ -136,18 +137,49 @@ class TestResolve:
         assert plan.line.endswith("CPU only: no GPU of compute capability 8.0 or newer")
         assert plan.archs == []
 
-    def test_architecture_that_is_too_old(self, machine, monkeypatch):
+    @pytest.mark.parametrize(
+        ("asked", "archs", "left_out"),
+        [
+            ("7.0 7.5 8.0 8.6 9.0+PTX", ["8.0", "8.6", "9.0+PTX"], "7.0 7.5"),  # as container images preset it
+            ("7.5+PTX;10.0", ["10.0"], "7.5+PTX"),
+            ("Volta;Turing;Ampere", ["Ampere"], "Volta Turing"),
+            ("Kepler+Tesla Maxwell Pascal Hopper", ["Hopper"], "Kepler+Tesla Maxwell Pascal"),
+        ],
+    )
+    def test_architectures_that_are_too_old_are_left_out(self, machine, monkeypatch, asked, archs, left_out):
         make_toolkit(machine / "usual" / "cuda")
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;10.0")
-        with pytest.raises(SystemExit, match=r"expected 8\.0 or newer in TORCH_CUDA_ARCH_LIST, got 7\.5 10\.0"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+        plan = self.resolve()
+        assert plan.archs == archs
+        assert plan.line.endswith(
+            f"CPU and CUDA for {' '.join(archs)} (TORCH_CUDA_ARCH_LIST); left out, older than 8.0: {left_out}"
+        )
+
+    def test_architectures_that_are_all_too_old(self, machine, monkeypatch):
+        make_toolkit(machine / "usual" / "cuda")
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;Turing")
+        message = r"expected 8\.0 or newer in TORCH_CUDA_ARCH_LIST, got 7\.0 Turing; FORCE_CUDA=0 builds for the CPU"
+        with pytest.raises(SystemExit, match=message):
             self.resolve()
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
-        assert self.resolve(devices=[(7, 5)]).archs == ["Hopper"]
+        assert self.resolve(cuda=None).line.endswith("CPU only: this torch has no CUDA")
+        monkeypatch.setenv("FORCE_CUDA", "0")
+        assert self.resolve().line.endswith("CPU only: FORCE_CUDA=0")
+
+    @pytest.mark.parametrize(
+        "name",
+        ["Kepler", "Maxwell", "Pascal", "Volta", "Volta+Tegra", "Turing", "Ampere", "Ada", "Hopper", "Blackwell"],
+    )
+    def test_named_architecture_is_as_old_as_torch_says(self, machine, monkeypatch, name):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", name)
+        numbers = re.findall(r"sm_(\d+)", " ".join(cpp_extension._get_cuda_arch_flags()))
+        make_toolkit(machine / "usual" / "cuda")
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"{name};9.0")
+        assert self.resolve().archs == (["9.0"] if max(map(int, numbers)) < 80 else [name, "9.0"])
 
     def test_named_architectures(self, machine, monkeypatch):
         make_toolkit(machine / "usual" / "cuda")
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;10.0+PTX")
-        plan = self.resolve(devices=[(9, 0)])
+        plan = self.resolve(devices=[(7, 5)])
         assert plan.archs == ["8.0", "10.0+PTX"]
         assert plan.line.endswith("CPU and CUDA for 8.0 10.0+PTX (TORCH_CUDA_ARCH_LIST)")
 

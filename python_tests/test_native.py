@@ -249,6 +249,35 @@ def test_no_copy_of_the_input(dtype, shape, memory_format, mode, fused):
     assert sum(e.self_cpu_memory_usage for e in large) <= (3 if fused else 2) * size + 4096
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("mode", ["channel", "split"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_operators_of_a_step(layout, mode, fused):
+    """Arguments that fit are not converted, nor is torch asked to: at small sizes each call of it would show."""
+    x, grad, residual, groups, *_ = Case(mode=mode, layout=layout, residual=fused).arguments()
+    layer = cbn_ext.CompoundBatchNormAct2d(5, activation="relu" if fused else None)
+    x.requires_grad_()
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+        if mode == "split":
+            with cbn_ext.split_path(groups):
+                y = layer(x, residual)
+        else:
+            y = layer(x, residual)
+        y.backward(grad)
+    called = {e.name for e in profiler.events() if e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::")}
+    assert {name for name in called if name.startswith(("aten::", "cbn_ext::"))} == {
+        "aten::add_",  # the batch is counted
+        "cbn_ext::forward",
+        "cbn_ext::update_running",
+        "cbn_ext::backward",
+        "aten::new_empty",
+        "aten::new_zeros",
+        "aten::empty_like",
+        "aten::select",  # rows of the batch's statistics
+        "aten::detach",  # a gradient becomes a leaf's
+    }
+
+
 # --- repeatability
 
 DETERMINISM_CASES = [

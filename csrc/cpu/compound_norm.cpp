@@ -221,9 +221,9 @@ struct Arguments {
       : running(running) {
     const bool channels_last = reads_channels_last(input);
     x = laid_out(input, channels_last);
-    if (groups_in) groups = torch::stable::contiguous(*groups_in);
-    if (weight_in) weight = torch::stable::contiguous(*weight_in);
-    if (bias_in) bias = torch::stable::contiguous(*bias_in);
+    if (groups_in) groups = cbn::contiguous(*groups_in);
+    if (weight_in) weight = cbn::contiguous(*weight_in);
+    if (bias_in) bias = cbn::contiguous(*bias_in);
     Problem& p = problem;
     switch (x.scalar_type()) {
       case ScalarType::Float:
@@ -292,7 +292,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& x, const Op
   char* row = static_cast<char*>(running.mutable_data_ptr());
   for (const OptionalTensor& used : {prior, OptionalTensor(mean), OptionalTensor(var)}) {
     if (used)
-      std::memcpy(row, torch::stable::contiguous(*used).const_data_ptr(), bytes);
+      std::memcpy(row, cbn::contiguous(*used).const_data_ptr(), bytes);
     else
       std::memset(row, 0, bytes);
     row += bytes;
@@ -323,11 +323,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad, cons
                                                         const OptionalTensor& bias, bool training, bool relu,
                                                         bool detach_responsibility, double eps) {
   check_backward(grad, x, mask, groups, running, batch, weight, bias, training, relu);
-  Arguments arguments(x, torch::stable::contiguous(running), groups, weight, bias);
+  Arguments arguments(x, cbn::contiguous(running), groups, weight, bias);
   Problem& p = arguments.problem;
-  const Tensor g = laid_out(grad, p.channels_last), used_batch = torch::stable::contiguous(batch);
+  const Tensor g = laid_out(grad, p.channels_last), used_batch = cbn::contiguous(batch);
   std::optional<Tensor> bits;
-  if (mask) bits = torch::stable::contiguous(*mask);
+  if (mask) bits = cbn::contiguous(*mask);
   const Tensor grad_x = torch::stable::empty_like(arguments.x);
   const Tensor grad_residual = mask ? torch::stable::empty_like(grad_x) : empty(x, {0}, x.scalar_type());
   const std::vector<int64_t> shape = {running.size(1), running.size(2)};

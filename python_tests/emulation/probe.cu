@@ -1,5 +1,6 @@
 // What kernels and launches are made of, by itself: compiled for a device or for the emulation, and called by name.
 #include "cuda/device.cuh"
+#include "cuda/runtime.h"
 
 #include <exception>
 #include <string>

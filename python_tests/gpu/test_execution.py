@@ -62,7 +62,7 @@ def test_nothing_waits_for_the_gpu(memory_format, path):
 
     work()  # loads the kernels
     with synchronisation_is_an_error():
-        busy(200)  # the host takes a few
+        busy(200)  # the host needs a few for its work
         before = torch.cuda.Event()
         before.record()
         work()
@@ -153,11 +153,7 @@ def test_device_of_the_input_is_used_and_the_current_one_restored():
 @pytest.mark.parametrize("mode", ["channel", "split"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_of_a_step(memory_format, path, mode, dtype):
-    """Output and gradients, and one bit for each element.
-
-    Beside them there are sums of each split, at most 2.5 % of the input, and less than 64 tensors of 3 x 4 x 64 floats
-    with the allocator's alignment.
-    """
+    """Output and gradients, one bit for each element, sums of the splits while a pass runs, and values per channel."""
     shape = (64, 64, 56, 56)
     layer = CompoundBatchNormAct2d(shape[1], device="cuda")
     x, residual, grad = tensors(memory_format, 3, shape, dtype)
@@ -165,11 +161,11 @@ def test_memory_of_a_step(memory_format, path, mode, dtype):
     residual.requires_grad_()
     groups = torch.arange(shape[0], device="cuda") % 4 if mode == "split" else None
     size, bits = x.numel() * x.element_size(), x.numel() // 8
-    per_channel = 256 << 10
-    workspace = 3 * size // 100 + per_channel
+    per_channel = 256 << 10  # statistics and their gradients: some tens of tensors of at most 3 x M x C floats, 3 KB
+    workspace = 3 * size // 100 + per_channel  # the sums have at most 2.5 % of the input
 
     def added(function):
-        """Its result, and the most bytes that were there during the call and those that are there after it.
+        """Its result, and the most bytes that the call added and those that stay.
 
         As they were asked for: the allocator gives blocks that may be a megabyte larger.
         """

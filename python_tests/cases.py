@@ -64,6 +64,7 @@ class Case:
     activation: str | None = None
     residual: bool = False
     data: str = "mixed"  # or one of the special mixtures that `arguments` makes
+    drawn_on: str = "cpu"  # the device that draws, with values of its own; "cuda" for data that take the host a minute
 
     def __str__(self) -> str:
         default = Case()
@@ -76,21 +77,22 @@ class Case:
         return "-".join([self.mode, "train" if self.training else "eval", shape, f"M{self.components}", *changed])
 
     def arguments(self, device: str = "cpu") -> Arguments:
-        generator = torch.Generator().manual_seed(zlib.crc32(str(self).encode()))
+        generator = torch.Generator(self.drawn_on).manual_seed(zlib.crc32(str(self).encode()))
+        drawn = {"generator": generator, "device": self.drawn_on}
         channels, m = self.shape[1], self.components
 
         def normal(*size: int) -> Tensor:
-            return torch.randn(size, generator=generator, dtype=torch.float64)
+            return torch.randn(size, dtype=torch.float64, **drawn)
 
         def uniform(low: float, high: float, *size: int) -> Tensor:
-            return low + (high - low) * torch.rand(size, generator=generator, dtype=torch.float64)
+            return low + (high - low) * torch.rand(size, dtype=torch.float64, **drawn)
 
         offset, spread = normal(channels), uniform(0.5, 2, channels)
         if self.data == "offset":
             offset = 1e4 * spread
         per_channel = (1, channels, *[1] * (len(self.shape) - 2))
         # Groups differ in their mean, so that a wrong group or component is noticed.
-        groups = torch.randint(m, self.shape[:1], generator=generator)
+        groups = torch.randint(m, self.shape[:1], **drawn)
         between = groups.reshape(-1, *[1] * (len(self.shape) - 1)) / m
         x = offset.view(per_channel) + spread.view(per_channel) * (normal(*self.shape) + between)
         mean = offset + spread * 1.2 * normal(m, channels)

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
-from cbn_ext import use_backend
+from cbn_ext import ops, use_backend
 
-# What the launch planning may take: only the streaming kernels, one resident block, a cluster of them.
-PATHS = {"streaming": "0", "block": "1", "cluster": "8"}
+# The largest cluster that the launch planning may take: only the streaming kernels, one resident block, several.
+PATHS = {"streaming": 0, "block": 1, "cluster": 8}
+
+# Tensors on the host are too small to share, and processes that test side by side share the cores.
+torch.set_num_threads(1)
 
 
 def pytest_sessionstart(session):
@@ -22,7 +25,20 @@ def _native():
         yield
 
 
+@pytest.fixture
+def limit_cluster():
+    """A function that sets CBN_CUDA_CLUSTER, for this test."""
+    with pytest.MonkeyPatch.context() as environment:
+
+        def limit(blocks: int) -> None:
+            environment.setenv("CBN_CUDA_CLUSTER", str(blocks))
+            ops.read_cuda_environment()
+
+        yield limit
+    ops.read_cuda_environment()
+
+
 @pytest.fixture(params=PATHS)
-def path(request, monkeypatch):
+def path(request, limit_cluster):
     """Runs the test once on each path of the kernels."""
-    monkeypatch.setenv("CBN_CUDA_CLUSTER", PATHS[request.param])
+    limit_cluster(PATHS[request.param])

@@ -44,9 +44,9 @@ def synchronisation_is_an_error():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def busy(milliseconds=50):
-    """Keep the current stream occupied."""
-    torch.cuda._sleep(int(milliseconds * 1e6))
+def busy(milliseconds):
+    """Keep the current stream occupied at least so long: no GPU has a clock of more than 3 GHz."""
+    torch.cuda._sleep(int(milliseconds * 3e6))
 
 
 def test_nothing_waits_for_the_gpu(memory_format, path):
@@ -62,7 +62,7 @@ def test_nothing_waits_for_the_gpu(memory_format, path):
 
     work()  # loads the kernels
     with synchronisation_is_an_error():
-        busy()
+        busy(200)  # the host needs a few for its work
         before = torch.cuda.Event()
         before.record()
         work()
@@ -98,10 +98,13 @@ def test_side_stream(memory_format, path):
     """Work goes to the current stream: behind what that one does, not behind what another one does."""
     layer = CompoundBatchNormAct2d(SHAPE[1], momentum=0.0, device="cuda")
     inputs = tensors(memory_format)
-    expected = step(layer, *inputs)
     late = [torch.full_like(t, torch.nan) for t in inputs]
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        # Loads the kernels, and gives the stream memory: both may wait for the whole device.
+        expected = step(layer, *inputs)
+    torch.cuda.synchronize()
     finished = torch.cuda.Event()
     busy(200)  # the default stream; had anything gone there, it would not finish before
     with torch.cuda.stream(side):
@@ -150,7 +153,7 @@ def test_device_of_the_input_is_used_and_the_current_one_restored():
 @pytest.mark.parametrize("mode", ["channel", "split"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_of_a_step(memory_format, path, mode, dtype):
-    """Output and gradients, one bit for each element, and values per channel: nothing else of the input's size."""
+    """Output and gradients, one bit for each element, sums of the splits while a pass runs, and values per channel."""
     shape = (64, 64, 56, 56)
     layer = CompoundBatchNormAct2d(shape[1], device="cuda")
     x, residual, grad = tensors(memory_format, 3, shape, dtype)
@@ -158,14 +161,20 @@ def test_memory_of_a_step(memory_format, path, mode, dtype):
     residual.requires_grad_()
     groups = torch.arange(shape[0], device="cuda") % 4 if mode == "split" else None
     size, bits = x.numel() * x.element_size(), x.numel() // 8
-    per_channel = 4 << 20
+    per_channel = 256 << 10  # statistics and their gradients: some tens of tensors of at most 3 x M x C floats, 3 KB
+    workspace = 3 * size // 100 + per_channel  # the sums have at most 2.5 % of the input
 
     def added(function):
+        """Its result, and the most bytes that the call added and those that stay.
+
+        As they were asked for: the allocator gives blocks that may be a megabyte larger.
+        """
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         result = function()
-        return result, torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+        after = torch.cuda.memory_stats()
+        return result, *(after[f"requested_bytes.all.{which}"] - before for which in ("peak", "current"))
 
     def forward(*inputs):
         if mode == "channel":
@@ -176,14 +185,14 @@ def test_memory_of_a_step(memory_format, path, mode, dtype):
     with torch.no_grad():
         forward(x, residual)
     y, peak, kept = added(lambda: forward(x))
-    assert peak <= size + per_channel and kept <= size + per_channel
+    assert peak <= size + workspace and kept <= size + per_channel
     _, peak, _ = added(lambda: torch.autograd.grad(y, x, grad))
-    assert peak <= size + per_channel
+    assert peak <= size + workspace
     del y
     y, peak, kept = added(lambda: forward(x, residual))
-    assert peak <= size + bits + per_channel and kept <= size + bits + per_channel
+    assert peak <= size + bits + workspace and kept <= size + bits + per_channel
     _, peak, _ = added(lambda: torch.autograd.grad(y, (x, residual), grad))
-    assert peak <= 2 * size + per_channel
+    assert peak <= 2 * size + workspace
 
 
 @pytest.mark.parametrize(
@@ -207,7 +216,7 @@ def test_bitwise_repeatable(shape, components, dtype, mode, memory_format, path)
     inputs = tensors(memory_format, 3, shape, dtype)
     groups = torch.arange(shape[0], device="cuda") % components
     with split_path(groups) if mode == "split" else nullcontext():
-        first, *others = (step(layer, *inputs) for _ in range(20))
+        first, *others = (step(layer, *inputs) for _ in range(5))
     for again in others:
         assert_same_bits(again, first)
 
@@ -222,11 +231,18 @@ torch.cuda.synchronize()
 """
 
 
-@pytest.mark.parametrize("group", [-1, 4])
-def test_group_without_a_component_is_an_error(group):
+def test_group_without_a_component_is_an_error():
     """As in PyTorch's own kernels an assertion on the device, which ends the program's use of the GPU."""
-    program = [sys.executable, "-c", WRONG_GROUP.format(group=group)]
-    root = Path(__file__).parents[2]
-    process = subprocess.run(program, cwd=root, capture_output=True, text=True, check=False)
-    assert process.returncode != 0
-    assert "device-side assert" in process.stderr and "group" in process.stderr
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRONG_GROUP.format(group=group)],
+            cwd=Path(__file__).parents[2],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for group in (-1, 4)
+    ]
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode != 0
+        assert "device-side assert" in errors and "expected groups from 0 to M - 1" in errors

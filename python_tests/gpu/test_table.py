@@ -44,7 +44,7 @@ def test_every_number_of_components(components, layout, dtype, path):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sizes_of_networks(shape, dtype, layout):
-    """The oracle, too, runs on the GPU, in float64."""
-    case = Case(shape, dtype=dtype, layout=layout, activation="relu", residual=True)
+    """The data are drawn on the GPU, and the oracle runs there in float64: the host would take a minute for each."""
+    case = Case(shape, dtype=dtype, layout=layout, activation="relu", residual=True, drawn_on="cuda")
     results = Results(*(None if t is None else t.cuda() for t in run(case, "native", "cuda")))
     assert_results(results, expected.__wrapped__(case, "cuda"), case)

@@ -197,14 +197,7 @@ def measure(comparison: Comparison, timer: Timer, copy_gb_per_s: float, found: M
             found.times += _time_rows(comparison, times, "hot", {}, copy_gb_per_s)
     except Exception as error:
         failed("the timing", error, False)
-    for (name, components), by_direction in device.items():
-        labels = replace(case, components=components).labels
-        rows = [
-            KernelRow(name, **labels, direction=direction, kernel=k.name, calls=k.calls, device_us=k.microseconds)
-            for direction, kernels in by_direction.items()
-            for k in kernels
-        ]
-        found.kernels += [row for row in rows if _member(row) not in traced]
+    found.kernels += [row for row in _kernel_rows(case, device) if _member(row) not in traced]
 
 
 def measure_eager(comparison: Comparison, timer: Timer, copy_gb_per_s: float, found: Measured) -> None:
@@ -280,6 +273,22 @@ def _memory(name: str, workload: LayerWorkload, timer: Timer) -> MemoryRow:
         beyond=timer.peak_memory(step),
         resident=None,
     )
+
+
+def _kernel_rows(case: Case, device: dict[tuple[str, int], dict[str, list[Kernel]]]) -> list[KernelRow]:
+    return [
+        KernelRow(
+            name,
+            **replace(case, components=components).labels,
+            direction=direction,
+            kernel=kernel.name,
+            calls=kernel.calls,
+            device_us=kernel.microseconds,
+        )
+        for (name, components), by_direction in device.items()
+        for direction, kernels in by_direction.items()
+        for kernel in kernels
+    ]
 
 
 def _times(

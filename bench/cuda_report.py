@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def run(seconds: float, folder: Path, sweep: bool = False) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for ending in csv(Measured()):  # those of an older run would pass for this one's
         (folder / f"{name}{ending}.csv").unlink(missing_ok=True)
-    found = cuda.run(timer, environment.copy_gb_per_s, plan, seconds, print, save)
+    say = partial(print, flush=True)  # should the process end before its time
+    found = cuda.run(timer, environment.copy_gb_per_s, plan, seconds, say, save)
     report = make(environment, found)
     report.show(count=4)  # the others are too wide for a terminal
     for path in report.write(folder):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +18,28 @@ from bench.providers import BATCHNORM, MEMORY_FORMATS, OURS, shape_label
 from bench.report import Table, report_name, write_csvs
 
 NORMS = (BATCHNORM, OURS, f"{OURS} fused")
+
+
+class Network(NamedTuple):
+    """A network of torchvision and its images (N, 3, H, W). dtype: bfloat16 is that of autocast."""
+
+    model: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str
+
+    def __str__(self) -> str:
+        return " ".join((self.model, shape_label(self.shape), self.dtype, self.layout))
+
+
 _KINDS = (("bfloat16", "channels_last"), ("float32", "contiguous"))
-#: By device: model, images (N, 3, H, W), dtype, of which bfloat16 is autocast, and layout.
 NETWORKS = {
     "cuda": [
-        (model, (batch, 3, size, size), *kind)
+        Network(model, (batch, 3, size, size), *kind)
         for model, batch, size in (("resnet50", 64, 224), ("resnet18", 128, 32))
         for kind in _KINDS
     ],
-    "cpu": [("resnet18", (2, 3, 32, 32), *_KINDS[1])],
+    "cpu": [Network("resnet18", (2, 3, 32, 32), *_KINDS[1])],
 }
 
 
@@ -74,37 +88,36 @@ def run(device: str, seconds: float, folder: Path) -> int:
     start, longest = time.monotonic(), 0.0
     rows, status = [], 0
     folder.mkdir(parents=True, exist_ok=True)
+    stem = report_name("network", name)
+    (folder / f"{stem}.csv").unlink(missing_ok=True)  # that of an older run would pass for this one's
     for network in NETWORKS[device]:
-        begin, where = time.monotonic(), " ".join((network[0], shape_label(network[1]), *network[2:]))
+        begin = time.monotonic()
         if seconds - (begin - start) < longest:
-            print(f"Left out, the time was over: {where}")
+            print(f"Left out, the time was over: {network}")
             continue
-        print(f"{begin - start:4.0f} s: {where}", flush=True)
+        print(f"{begin - start:4.0f} s: {network}", flush=True)
         try:
             with cbn_ext.use_backend("native"):
-                rows += measure(*network, device, seconds / 2 / len(NETWORKS[device]))
+                rows += measure(network, device, seconds / 2 / len(NETWORKS[device]))
         except Exception as error:  # such as memory that does not suffice: the others are measured
-            print(f"FAILED: {where}: {type(error).__name__}: {error}")
+            print(f"FAILED: {network}: {type(error).__name__}: {error}")
             status = 1
-        write_csvs(folder, report_name("network", name), {"": rows}, environment)
+        write_csvs(folder, stem, {"": rows}, environment)
         longest = max(longest, time.monotonic() - begin)
     body = [
         [
-            " ".join((row.model, row.shape, row.dtype, row.layout)),
-            row.norm,
+            *(row.model, row.shape, row.dtype, row.layout, row.norm),
             f"{row.median_ms:.2f} ({row.p20_ms:.2f}-{row.p80_ms:.2f})",
             f"{row.ratio_to_batchnorm:.3f}",
         ]
         for row in rows
     ]
-    header = ("network", "norm", "ms", f"/ {BATCHNORM}")
+    header = ("network", "images", "dtype", "layout", "norm", "ms", f"/ {BATCHNORM}")
     print(Table("Training steps, M=4: median (20th-80th percentile)", header, [body]).text())
     return status
 
 
-def measure(
-    model: str, shape: tuple[int, ...], dtype: str, layout: str, device: str, seconds: float
-) -> list[NetworkRow]:
+def measure(network: Network, device: str, seconds: float) -> list[NetworkRow]:
     """The times of a step with each kind of normalization, which take turns for about `seconds`."""
     synchronize = torch.cuda.synchronize if device == "cuda" else torch.cpu.synchronize
 
@@ -115,38 +128,35 @@ def measure(
         synchronize()
         return {BOTH: (time.perf_counter_ns() - start) / 1e3}
 
-    steps = {norm: _training_step(norm, model, shape, dtype, layout, device) for norm in NORMS}
+    steps = {norm: training_step(network, norm, device) for norm in NORMS}
     for step in 2 * list(steps.values()):  # the second one finds its memory and SGD's momenta there
         step()
     times = {norm: t[BOTH] for norm, t in time_interleaved(steps, wall_clock, seconds / 40, seconds).items()}
-    unit = times[BATCHNORM].median
+    labels, unit = network._replace(shape=shape_label(network.shape)), times[BATCHNORM].median
     return [
-        NetworkRow(
-            *(model, shape_label(shape), dtype, layout, norm),
-            *(t.median / 1e3, t.p20 / 1e3, t.p80 / 1e3, t.samples, t.median / unit),
-        )
+        NetworkRow(*labels, norm, t.median / 1e3, t.p20 / 1e3, t.p80 / 1e3, t.samples, t.median / unit)
         for norm, t in times.items()
     ]
 
 
-def _training_step(
-    norm: str, model: str, shape: tuple[int, ...], dtype: str, layout: str, device: str
-) -> Callable[[], None]:
+def training_step(network: Network, norm: str, device: str) -> Callable[[], None]:
+    """A function that trains the network with one of `NORMS` on random images for one step."""
     import torchvision
 
     torch.manual_seed(0)
-    network = getattr(torchvision.models, model)(num_classes=100)
+    model = getattr(torchvision.models, network.model)(num_classes=100)
     if norm != BATCHNORM:
-        network = cbn_ext.convert_compound_batchnorm(network, num_components=4, fuse=norm != OURS)
-    network.to(device, memory_format=MEMORY_FORMATS[layout])
-    images = torch.randn(shape, device=device).contiguous(memory_format=MEMORY_FORMATS[layout])
-    classes = torch.randint(100, shape[:1], device=device)
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
+        model = cbn_ext.convert_compound_batchnorm(model, num_components=4, fuse=norm != OURS)
+    layout = MEMORY_FORMATS[network.layout]
+    model.to(device, memory_format=layout)
+    images = torch.randn(network.shape, device=device).contiguous(memory_format=layout)
+    classes = torch.randint(100, network.shape[:1], device=device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = F.cross_entropy(network(images), classes)
+        with torch.autocast(device, torch.bfloat16, enabled=network.dtype == "bfloat16"):
+            loss = F.cross_entropy(model(images), classes)
         loss.backward()
         optimizer.step()
 

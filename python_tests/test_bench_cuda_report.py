@@ -1,11 +1,13 @@
 """What the CUDA benchmark makes of its rows: means, passes, targets, tables and files."""
 
 import csv
+import os
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
-from bench import cuda_report, cuda_sweep, cuda_tables
+from bench import cuda, cuda_report, cuda_sweep, cuda_tables
 from bench.cuda_compare import CudaRow, Failure, KernelRow, Measured
 from bench.cuda_targets import Times, pass_percents, targets
 from bench.graphs import Environment
@@ -20,7 +22,7 @@ from bench.providers import (
     OURS_RELU,
     REFERENCE_COMPILED,
 )
-from bench.report import Table
+from bench.report import Table, report_name, write_csvs
 
 COPY = 4000.0  # GB/s
 ENVIRONMENT = Environment("Some GPU 9", "555.1", "13.0", 91000, "2.11.0", "0.1.0", "2026-01-31", COPY)
@@ -230,6 +232,35 @@ def test_report_has_all_tables_failures_and_what_was_left_out(tmp_path):
     with written["cuda-some-gpu-9.csv"].open(newline="") as file:
         row = next(csv.DictReader(file))
     assert (row["l2"], row["driver"], row["copy_gb_per_s"], row["kernels"]) == ("cold", "555.1", "4000.0", "k")
+
+
+def test_the_summary_of_everything_has_60_lines_at_most(tmp_path):
+    found = Measured()
+    for comparison in cuda.comparisons():
+        case = comparison.case
+        times = product(("cold", "hot"), (*DIRECTIONS, EVALUATION))
+        if comparison.phase == "eager":
+            times = [("eager", BOTH)]
+        for (name, m), (l2, direction) in product(comparison.members, times):
+            labels = replace(case, components=m).labels
+            found.times.append(cuda_row(provider=name, **labels, l2=l2, direction=direction, phase=comparison.phase))
+            found.memory.append(MemoryRow(provider=name, **labels, in_out=1, beyond=1, resident=None))
+    found.kernels = kernel_rows()
+    found.kernels += [replace(row, kernel="cbn::resident_kernel<a>") for row in found.kernels]
+    name = report_name("cuda", ENVIRONMENT.device)
+    write_csvs(tmp_path, "cuda-an-older-gpu", cuda_report.csv_of(Measured(rows_of({OURS: 1.0}))), ENVIRONMENT)
+    os.utime(tmp_path / "cuda-an-older-gpu.csv", (0, 0))
+    write_csvs(tmp_path, name, cuda_report.csv_of(found), ENVIRONMENT)
+    lines = cuda_report.summary(tmp_path)
+    assert 45 <= len(lines) <= 60
+    text = "\n".join(lines)
+    assert "not measured" not in text
+    for what in (
+        "% of copy bandwidth, backward on chip",
+        "8x16x8x8    BatchNorm2d  1",
+        "Highest ratios to BatchNorm2d",
+    ):
+        assert what in text
 
 
 def test_a_report_of_nothing_is_written_too(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from bench import network
 from bench.harness import read_csv
-from bench.network import NORMS, Environment, NetworkRow
+from bench.network import NORMS, Environment, Network, NetworkRow
 from cbn_ext import CompoundBatchNorm2d, CompoundBatchNormAct2d
 
 
@@ -15,7 +15,7 @@ from cbn_ext import CompoundBatchNorm2d, CompoundBatchNormAct2d
 def tiny(monkeypatch):
     """Two images of 32 x 32, and a device of this name."""
     monkeypatch.setattr(network, "cpu_model", lambda: "Some CPU")
-    monkeypatch.setitem(network.NETWORKS, "cpu", [("resnet18", (2, 3, 32, 32), "float32", "channels_last")])
+    monkeypatch.setitem(network.NETWORKS, "cpu", [Network("resnet18", (2, 3, 32, 32), "float32", "channels_last")])
 
 
 def test_each_norm_has_its_row_beside_batch_norm(tiny, capsys, tmp_path):
@@ -31,7 +31,7 @@ def test_each_norm_has_its_row_beside_batch_norm(tiny, capsys, tmp_path):
         assert row.samples >= 4
         assert row.ratio_to_batchnorm == pytest.approx(row.median_ms / rows[0].median_ms, abs=2e-3)
     assert read_csv(path, Environment)[0].torch == torch.__version__
-    assert "resnet18 2x3x32x32 float32 channels_last  cbn_ext fused" in capsys.readouterr().out
+    assert "resnet18  2x3x32x32  float32  channels_last  cbn_ext fused" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_step_trains_the_network_with_its_norm(monkeypatch, norm, layers):
     right = torch.optim.SGD.__init__
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *a, **o: found.append(self) or self)
     monkeypatch.setattr(torch.optim.SGD, "__init__", lambda self, p, **o: right(self, p, **o | {"lr": 0.5}))
-    step = network._training_step(norm, "resnet18", (2, 3, 32, 32), "bfloat16", "contiguous", "cpu")
+    step = network.training_step(Network("resnet18", (2, 3, 32, 32), "bfloat16", "contiguous"), norm, "cpu")
     kinds = [type(module) for module in found[0].modules()]
     assert {kind: kinds.count(kind) for kind in layers} == layers
     assert sum("Norm" in kind.__name__ for kind in kinds) == 20
@@ -59,28 +59,39 @@ def test_a_step_trains_the_network_with_its_norm(monkeypatch, norm, layers):
 def test_a_network_that_fails_does_not_end_the_measurement(tiny, monkeypatch, capsys, tmp_path):
     row = NetworkRow("b", "1", "float32", "contiguous", NORMS[0], 1.0, 1.0, 1.0, 4, 1.0)
 
-    def measure(model, *others):
-        if model == "a":
+    def measure(network, *others):
+        if network.model == "a":
             raise torch.OutOfMemoryError("too big")
         return [row]
 
     monkeypatch.setattr(network, "measure", measure)
-    monkeypatch.setitem(network.NETWORKS, "cpu", [(name, (1, 3, 8, 8), "float32", "contiguous") for name in "ab"])
+    monkeypatch.setitem(
+        network.NETWORKS, "cpu", [Network(name, (1, 3, 8, 8), "float32", "contiguous") for name in "ab"]
+    )
     assert network.run("cpu", 100.0, tmp_path) == 1
     assert "FAILED: a 1x3x8x8 float32 contiguous: OutOfMemoryError: too big" in capsys.readouterr().out
     assert read_csv(tmp_path / "network-some-cpu.csv", NetworkRow) == [row]
 
 
+def test_the_file_of_an_older_run_does_not_pass_for_this_one(tiny, monkeypatch, tmp_path):
+    (tmp_path / "network-some-cpu.csv").write_text("of an older run")
+    monkeypatch.setattr(network, "measure", lambda *arguments: 1 / 0)
+    assert network.run("cpu", 100.0, tmp_path) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_the_time_does_not_suffice_for_is_named_and_the_rest_kept(tiny, monkeypatch, capsys, tmp_path):
     now = [0.0]
 
-    def measure(model, *others):
+    def measure(network, *others):
         now[0] += 6.0
-        return [NetworkRow(model, "1", "float32", "contiguous", NORMS[0], 1.0, 1.0, 1.0, 4, 1.0)]
+        return [NetworkRow(network.model, "1", "float32", "contiguous", NORMS[0], 1.0, 1.0, 1.0, 4, 1.0)]
 
     monkeypatch.setattr(network, "measure", measure)
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    monkeypatch.setitem(network.NETWORKS, "cpu", [(name, (1, 3, 8, 8), "float32", "contiguous") for name in "abc"])
+    monkeypatch.setitem(
+        network.NETWORKS, "cpu", [Network(name, (1, 3, 8, 8), "float32", "contiguous") for name in "abc"]
+    )
     assert network.run("cpu", 13.0, tmp_path) == 0
     assert "Left out, the time was over: c 1x3x8x8 float32 contiguous" in capsys.readouterr().out
     assert [row.model for row in read_csv(tmp_path / "network-some-cpu.csv", NetworkRow)] == ["a", "b"]

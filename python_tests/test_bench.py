@@ -204,7 +204,7 @@ def test_a_csv_that_could_not_be_finished_leaves_the_one_before(tmp_path):
     path = tmp_path / "memory.csv"
     harness.write_csv(path, [memory_row()], ENVIRONMENT)
     with pytest.raises(TypeError):
-        harness.write_csv(path, [memory_row(), None], ENVIRONMENT)
+        harness.write_csv(path, [memory_row(beyond=7), None], ENVIRONMENT)
     assert harness.read_csv(path, MemoryRow) == [memory_row()]
 
 

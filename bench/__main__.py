@@ -1,4 +1,4 @@
-"""`python -m bench [cpu | cuda | sass]`: measure, print the tables, write them to bench/results/.
+"""`python -m bench [cpu | cuda | network | sass]`: measure, print the tables, write them to bench/results/.
 
 Without a name: what this machine has, the CPU and, where there is one, the GPU.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench import cpu, cuda_report, sass
+from bench import cpu, cuda_report, network, sass
 from bench.providers import WrongResultError
 
 RESULTS = Path(__file__).parent / "results"
@@ -18,14 +18,20 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     """Run the parts asked for; ends with an error where a result of ours was wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    parts = ("cpu", "cuda", "sass")
+    parts = ("cpu", "cuda", "network", "sass")
     parser.add_argument("part", nargs="?", choices=parts, help="default: cpu, and cuda if it is there")
-    parser.add_argument("--seconds", type=float, default=280, help="time for cuda; what is left out is reported")
+    parser.add_argument(
+        "--seconds", type=float, default=280, help="time for cuda and network; what is left out is reported"
+    )
+    parser.add_argument("--sweep", action="store_true", help="cuda: compare the operators' paths and constants")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="network: cpu is only to try it")
     parser.add_argument("--library", type=Path, help="what sass reads; default: the CUDA library of cbn_ext")
     arguments = parser.parse_args()
     if arguments.part == "sass":
         sass.run(arguments.library, RESULTS)
         return
+    if arguments.part == "network":
+        sys.exit(network.run(arguments.device, arguments.seconds, RESULTS))
     cuda_too = arguments.part is None and torch.cuda.is_available()
     if arguments.part in (None, "cpu"):
         try:
@@ -36,7 +42,7 @@ def main() -> None:
         for path in report.write(RESULTS):
             print(f"wrote bench/results/{path.name}")
     if arguments.part == "cuda" or cuda_too:
-        sys.exit(cuda_report.run(arguments.seconds, RESULTS))
+        sys.exit(cuda_report.run(arguments.seconds, RESULTS, arguments.sweep))
 
 
 if __name__ == "__main__":

@@ -28,10 +28,14 @@ from bench.providers import (
 
 @dataclass(frozen=True)
 class Comparison:
-    """A case, whose number of components each member replaces, and its members: (provider, components)."""
+    """A case, whose number of components each member replaces, and its members: (provider, components).
+
+    phase: the part of a benchmark to which it belongs, which has each case once.
+    """
 
     case: Case
     members: tuple[tuple[str, int], ...]
+    phase: str = ""
 
     def __post_init__(self) -> None:
         if (BATCHNORM, 1) not in self.members:

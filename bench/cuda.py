@@ -2,14 +2,13 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from itertools import zip_longest
+from itertools import product, zip_longest
 
 import torch
 
 import cbn_ext
 from bench.compare import Comparison
-from bench.cuda_compare import DeviceLostError, Failure, Measured, Timer, label, measure
+from bench.cuda_compare import DeviceLostError, Failure, Measured, Timer, label, measure, measure_eager
 from bench.providers import (
     BATCHNORM,
     BATCHNORM_ADD_RELU,
@@ -17,89 +16,78 @@ from bench.providers import (
     BATCHNORM_COMPILED,
     BATCHNORM_RELU,
     BATCHNORM_RELU_COMPILED,
-    ONE_BLOCK,
     OURS,
     OURS_ADD_RELU,
     OURS_RELU,
     PROVIDERS,
     REFERENCE,
     REFERENCE_COMPILED,
-    STREAMING,
     Case,
 )
 
 LAYOUTS = ("contiguous", "channels_last")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CIFAR_SHAPES = ((128, 32, 16, 16), (128, 16, 32, 32), (128, 64, 8, 8))
 _RESNET50 = ((256, 56), (1024, 14), (64, 112), (512, 28), (64, 56), (2048, 7))
 RESNET50_SHAPES, LARGE_SHAPES = (tuple((n, c, size, size) for c, size in _RESNET50) for n in (64, 256))
 #: In the order in which they are measured.
 SHAPES = tuple(s for pair in zip_longest(RESNET50_SHAPES, CIFAR_SHAPES) for s in pair if s is not None)
-#: The eager reference takes dozens of times the others' time and memory: it is measured here only.
-REFERENCE_SHAPES = SHAPES[:3]
+#: Where the time of an eager step is that of the host.
+EAGER_SHAPES = ((128, 64, 8, 8), (8, 16, 8, 8))
+#: Where settings of the operators are compared.
+SWEEP_SHAPES = ((64, 256, 56, 56), (64, 64, 56, 56), (128, 16, 32, 32), (64, 512, 28, 28), (64, 1024, 14, 14))
 
-_MAIN = (
-    (OURS, 4),
-    (BATCHNORM, 1),
-    (OURS_RELU, 4),
-    (BATCHNORM_RELU, 1),
-    (OURS_ADD_RELU, 4),
-    (BATCHNORM_ADD_RELU, 1),
-)
-_COMPONENTS = ((OURS, 1), (OURS, 2), (OURS, 8))
-_PATHS = ((STREAMING, 4), (ONE_BLOCK, 4))
-_COMPILED = (
-    (BATCHNORM_COMPILED, 1),
-    (BATCHNORM_RELU_COMPILED, 1),
-    (BATCHNORM_ADD_RELU_COMPILED, 1),
-    (REFERENCE_COMPILED, 4),
-)
+_UNIT = ((BATCHNORM, 1),)
+_PLAIN = ((OURS, 4), *_UNIT)
+_FUSED = ((OURS_RELU, 4), (BATCHNORM_RELU, 1), (OURS_ADD_RELU, 4), (BATCHNORM_ADD_RELU, 1))
+_COMPILED = ((BATCHNORM_COMPILED, 1), (BATCHNORM_RELU_COMPILED, 1), (BATCHNORM_ADD_RELU_COMPILED, 1))
+_REFERENCE = ((REFERENCE_COMPILED, 4), (REFERENCE, 4))
+_SWEPT = tuple((name, 4) for name, provider in PROVIDERS.items() if provider.settings)
+
+EAGER = "eager"
+#: Seconds that a comparison is expected to take before one of its phase is measured: without and with compilation.
+_FIRST_GUESS = (2.0, 15.0)
 
 
 def comparisons() -> list[Comparison]:
-    """All that is to be compared, the most important first: the last ones are left out when time runs short.
+    """All that is to be compared, the most important phase over all shapes first.
 
-    Every dtype and layout of a shape comes before the next shape, so that means are over the same shapes in each.
+    Some members are in several phases, for ratios need both times from one comparison; the first time stands for each.
     """
-    plan = []
-    for shape in SHAPES:
-        for layout in LAYOUTS:
-            for dtype in _DTYPES:
-                members = _MAIN
-                if dtype != torch.float16:
-                    members += _PATHS
-                    if layout == "contiguous":
-                        members += _COMPONENTS
-                        if shape in REFERENCE_SHAPES:
-                            members += ((REFERENCE, 4),)
-                plan.append(_comparison(shape, layout, dtype, members + _COMPILED))
-    for data in ("saturated", "constant"):
-        plan.append(_comparison(SHAPES[0], "contiguous", torch.float32, _MAIN[:2], data))
-    for shape in LARGE_SHAPES:
-        for layout in LAYOUTS:
-            for dtype in _DTYPES:
-                plan.append(_comparison(shape, layout, dtype, _MAIN))
-    return plan
+    both, single = (torch.float32, torch.bfloat16), (torch.float32,)
+    contiguous = LAYOUTS[:1]
+    return [
+        *_phase("plain", _PLAIN, SHAPES, both),
+        *_phase("fused", _UNIT + _FUSED, SHAPES, both),
+        *_phase(EAGER, (*_PLAIN, (OURS, 1)), EAGER_SHAPES, single, contiguous),
+        *_phase("compiled", _PLAIN + _FUSED + _COMPILED, SHAPES, both),
+        # The eager reference takes dozens of times the others' time and memory.
+        *_phase("reference", _PLAIN + _REFERENCE, SHAPES[:3], both),
+        *_phase("components", (*_UNIT, (OURS, 1), (OURS, 2), (OURS, 8)), SHAPES, both, contiguous),
+        *_phase("float16", _PLAIN + _FUSED, SHAPES, (torch.float16,)),
+        *_phase("batch 256", _PLAIN + _FUSED, LARGE_SHAPES, both),
+        *_phase("saturated", _PLAIN, SHAPES[:1], single, contiguous, "saturated"),
+        *_phase("constant", _PLAIN, SHAPES[:1], single, contiguous, "constant"),
+    ]
 
 
-def _comparison(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, members: tuple, data: str = "mixed"
-) -> Comparison:
-    return Comparison(Case(shape, layout=layout, dtype=dtype, data=data, device="cuda"), members)
+def sweep() -> list[Comparison]:
+    """The operators' own choice of path and constants beside all that it could have been."""
+    return _phase("sweep", _PLAIN + _SWEPT, SWEEP_SHAPES, (torch.float32, torch.bfloat16))
 
 
-class _Mean:
-    """The mean of what was seen, and of a first guess, which counts as much as each of that."""
-
-    def __init__(self, guess: float) -> None:
-        self._values = [guess]
-
-    def add(self, value: float) -> None:
-        self._values.append(value)
-
-    @property
-    def value(self) -> float:
-        return sum(self._values) / len(self._values)
+def _phase(
+    name: str,
+    members: tuple[tuple[str, int], ...],
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[torch.dtype],
+    layouts: Sequence[str] = LAYOUTS,
+    data: str = "mixed",
+) -> list[Comparison]:
+    """Every dtype and layout of a shape comes before the next shape, so that means are over the same shapes in each."""
+    return [
+        Comparison(Case(shape, layout=layout, dtype=dtype, data=data, device="cuda"), members, name)
+        for shape, layout, dtype in product(shapes, layouts, dtypes)
+    ]
 
 
 def run(
@@ -113,40 +101,31 @@ def run(
 ) -> Measured:
     """Measure one comparison after the other for about `seconds`, and hand what was found to `save` after each.
 
-    Compiled providers take most of the time. They are left out of a comparison where, with them, too little would
-    remain for the other providers of all comparisons behind it; when that is used up too, so is the rest.
+    A comparison is left out where less time remains than the longest of its phase took.
     """
     start = clock()
     found = Measured()
-    eager, compiled = _Mean(2.0), _Mean(10.0)  # seconds that a comparison, and its compiled members besides, take
+    longest: dict[str, float] = {}  # seconds, by phase
     for number, comparison in enumerate(plan):
-        where = label(comparison.case)
+        where, phase = label(comparison.case), comparison.phase
         begin = clock()
-        remaining = seconds - (begin - start)
-        if remaining < eager.value:
-            found.left_out.append(f"{where}: all")
+        guess = _FIRST_GUESS[any(PROVIDERS[name].compiled for name, _ in comparison.members)]
+        if seconds - (begin - start) < longest.get(phase, guess):
+            found.left_out.setdefault(phase, []).append(where)
             continue
-        slow = [member for member in comparison.members if PROVIDERS[member[0]].compiled]
-        if slow and remaining - compiled.value < eager.value * (len(plan) - number):
-            found.left_out.append(f"{where}: {', '.join(name for name, _ in slow)}")
-            comparison = replace(comparison, members=tuple(m for m in comparison.members if m not in slow))
-            slow = []
-        say(f"{begin - start:4.0f} s, {number + 1} of {len(plan)}: {where}{', with compiled ones' if slow else ''}")
+        say(f"{begin - start:4.0f} s, {number + 1} of {len(plan)}, {phase}: {where}")
         try:
             with cbn_ext.use_backend("native"):
-                measure(comparison, timer, copy_gb_per_s, found)
+                (measure_eager if phase == EAGER else measure)(comparison, timer, copy_gb_per_s, found)
         except (DeviceLostError, KeyboardInterrupt) as error:
             why = "interrupted" if isinstance(error, KeyboardInterrupt) else "the device failed"
-            found.left_out += [f"{label(c.case)}: all, {why}" for c in plan[number:]]
+            for rest in plan[number:]:
+                found.left_out.setdefault(rest.phase, []).append(f"{label(rest.case)} ({why})")
             break
         except Exception as error:  # such as memory that does not suffice for the inputs: the others are measured
             found.failures.append(Failure.of("the inputs", comparison.case, error, ours=False))
         finally:
             found.seconds = clock() - start
             save(found)
-        taken = clock() - begin
-        if slow:
-            compiled.add(taken - eager.value)
-        else:
-            eager.add(taken)
+        longest[phase] = max(longest.get(phase, 0.0), clock() - begin)
     return found

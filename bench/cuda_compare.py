@@ -1,5 +1,6 @@
 """One comparison on a GPU: its members set up, checked, weighed, captured, timed side by side and traced."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.compare import Comparison
-from bench.harness import BACKWARD, BOTH, FORWARD, MemoryRow, TimeRow, gigabytes_per_second, time_interleaved
+from bench.harness import BACKWARD, BOTH, FORWARD, MemoryRow, Summary, TimeRow, gigabytes_per_second, time_interleaved
 from bench.providers import (
     ADD_RELU,
     NORM,
@@ -18,6 +19,7 @@ from bench.providers import (
     LayerWorkload,
     Problem,
     check,
+    cuda_settings,
     expected_evaluation,
     expected_results,
     make_problem,
@@ -32,18 +34,22 @@ _GRAPH_BYTES = 8 * 10**8
 #: ... but steps that only wait for launches need not be more than these.
 _MOST_STEPS = 128
 _HOT_STEPS = 50
+#: Steps of an eager measurement, which are queued without waiting for the device.
+_EAGER_STEPS = 100
 #: Elements of those channels whose results are compared with the reference.
 _CHECKED_ELEMENTS = 2**23
 
 
 @dataclass(frozen=True)
 class CudaRow(TimeRow):
-    """Time of one provider in graph replay.
+    """Time of one provider in graph replay, or of an eager step by the wall clock.
 
-    l2: "cold", every step has tensors of its own, or "hot", all steps share theirs. copy_percent: gb_per_s of what a
-    copy moves. device_us: time of the kernels alone, by the profiler; kernels: their names; both for cold ones only.
+    phase: of the comparison, in which the ratio was taken. l2: "cold", every step has tensors of its own, "hot", all
+    steps share theirs, or "eager". copy_percent: gb_per_s of what a copy moves. device_us: time of the kernels alone,
+    by the profiler; kernels: their names; both for cold ones only.
     """
 
+    phase: str
     l2: str
     copy_percent: float
     device_us: float | None
@@ -84,14 +90,25 @@ class Failure:
 
 @dataclass
 class Measured:
-    """What has been found out so far. left_out: what the time did not suffice for."""
+    """What has been found out so far; memory and kernels of what several phases measure are those of the first.
+
+    left_out: by phase, the cases that the time did not suffice for.
+    """
 
     times: list[CudaRow] = field(default_factory=list)
     memory: list[MemoryRow] = field(default_factory=list)
     kernels: list[KernelRow] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     seconds: float = 0.0
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is missing, and why."""
+        return [f"FAILED: {f.what}, {f.where}: {f.error}" for f in self.failures] + [
+            f"Left out of {phase}, the time was over ({len(cases)}): {'; '.join(cases)}"
+            for phase, cases in self.left_out.items()
+        ]
 
 
 class DeviceLostError(RuntimeError):
@@ -133,6 +150,8 @@ def measure(comparison: Comparison, timer: Timer, copy_gb_per_s: float, found: M
     torch.compiler.reset()
     case = comparison.case
     cold, hot, device = {}, {}, {}
+    weighed = {_member(row) for row in found.memory}
+    traced = {_member(row) for row in found.kernels}
 
     def failed(what: str, error: Exception, ours: bool) -> None:
         failure = Failure.of(what, case, error, ours)
@@ -150,13 +169,18 @@ def measure(comparison: Comparison, timer: Timer, copy_gb_per_s: float, found: M
         name, components = member
         try:
             workload = set_up(name, problems[components])
-            evaluation = not workload.provider.compiled  # one more compilation, for which the time is too dear
-            checked(name, workload, evaluation)
-            found.memory.append(_memory(name, workload, timer))
-            steps = [replace(workload, problem=replace(workload.problem, **tensors)) for tensors in copies]
-            cold[member] = timer.capture(steps, True, evaluation)
-            if 5 * case.tensor_bytes <= timer.cache_bytes:
-                hot[member] = timer.capture(steps[:1] * _HOT_STEPS, False, evaluation)
+            provider = workload.provider
+            # One more compilation, for which the time is too dear; settings are compared in training alone.
+            evaluation = not (provider.compiled or provider.settings)
+            with cuda_settings(provider.settings):
+                checked(name, workload, evaluation)
+                memory = _memory(name, workload, timer)
+                steps = [replace(workload, problem=replace(workload.problem, **tensors)) for tensors in copies]
+                cold[member] = timer.capture(steps, True, evaluation)
+                if 5 * case.tensor_bytes <= timer.cache_bytes:
+                    hot[member] = timer.capture(steps[:1] * _HOT_STEPS, False, evaluation)
+            if _member(memory) not in weighed:
+                found.memory.append(memory)
         except Exception as error:
             cold.pop(member, None)
             failed(name, error, PROVIDERS[name].layer == "cbn_ext")
@@ -166,18 +190,37 @@ def measure(comparison: Comparison, timer: Timer, copy_gb_per_s: float, found: M
         failed("the profiler", error, False)
     try:
         if cold:
-            found.times += _time_rows(case, cold, "cold", len(copies), device, timer, copy_gb_per_s)
+            times = _times(cold, timer.measure, len(copies))
+            found.times += _time_rows(comparison, times, "cold", device, copy_gb_per_s)
         if hot:
-            found.times += _time_rows(case, hot, "hot", _HOT_STEPS, {}, timer, copy_gb_per_s)
+            times = _times(hot, timer.measure, _HOT_STEPS)
+            found.times += _time_rows(comparison, times, "hot", {}, copy_gb_per_s)
     except Exception as error:
         failed("the timing", error, False)
-    for (name, components), by_direction in device.items():
-        labels = replace(case, components=components).labels
-        found.kernels += [
-            KernelRow(name, **labels, direction=direction, kernel=k.name, calls=k.calls, device_us=k.microseconds)
-            for direction, kernels in by_direction.items()
-            for k in kernels
-        ]
+    found.kernels += [row for row in _kernel_rows(case, device) if _member(row) not in traced]
+
+
+def measure_eager(comparison: Comparison, timer: Timer, copy_gb_per_s: float, found: Measured) -> None:
+    """Add the wall-clock times of eager steps, forward+backward, many of them queued before the device is waited for.
+
+    For inputs so small that the device waits for the host.
+    """
+    case = comparison.case
+
+    def wall_clock(workload: LayerWorkload) -> dict[str, float]:
+        start = time.perf_counter_ns()
+        for _ in range(_EAGER_STEPS):
+            workload.backward(workload.forward())
+        timer.synchronize()
+        return {BOTH: (time.perf_counter_ns() - start) / 1e3 / _EAGER_STEPS}
+
+    workloads = {(name, m): set_up(name, make_problem(replace(case, components=m))) for name, m in comparison.members}
+    times = _times(workloads, wall_clock, _EAGER_STEPS, budget=1.0)
+    found.times += _time_rows(comparison, times, "eager", {}, copy_gb_per_s)
+
+
+def _member(row: MemoryRow | KernelRow) -> tuple[str | int, ...]:
+    return row.provider, row.shape, row.dtype, row.layout, row.M, row.data
 
 
 def _tensors(problem: Problem) -> dict[str, Tensor]:
@@ -232,17 +275,37 @@ def _memory(name: str, workload: LayerWorkload, timer: Timer) -> MemoryRow:
     )
 
 
+def _kernel_rows(case: Case, device: dict[tuple[str, int], dict[str, list[Kernel]]]) -> list[KernelRow]:
+    return [
+        KernelRow(
+            name,
+            **replace(case, components=components).labels,
+            direction=direction,
+            kernel=kernel.name,
+            calls=kernel.calls,
+            device_us=kernel.microseconds,
+        )
+        for (name, components), by_direction in device.items()
+        for direction, kernels in by_direction.items()
+        for kernel in kernels
+    ]
+
+
+def _times(
+    measured: dict[tuple[str, int], Any], measure: Callable[[Any], dict[str, float]], steps: int, budget: float = 0.05
+) -> dict[tuple[str, int], dict[str, Summary]]:
+    """Interleaved times of a step, of which `measure` takes `steps` at once. budget: seconds for each member."""
+    return time_interleaved(measured, measure, 0.004 / steps, budget * len(measured) / steps, max_rounds=8)
+
+
 def _time_rows(
-    case: Case,
-    captured: dict[tuple[str, int], Any],
+    comparison: Comparison,
+    times: dict[tuple[str, int], dict[str, Summary]],
     l2: str,
-    steps: int,
     device: dict[tuple[str, int], dict[str, list[Kernel]]],
-    timer: Timer,
     copy_gb_per_s: float,
 ) -> list[CudaRow]:
-    # Seconds of a single step: a measurement takes `steps` of them.
-    times = time_interleaved(captured, timer.measure, 0.004 / steps, 0.05 * len(captured) / steps, max_rounds=8)
+    case = comparison.case
     peers = {p.operation: name for name, p in PROVIDERS.items() if p.layer == "BatchNorm2d" and not p.compiled}
     rows = []
     for (name, components), by_direction in times.items():
@@ -265,6 +328,7 @@ def _time_rows(
                     samples=summary.samples,
                     gb_per_s=rate,
                     ratio_to_batchnorm=summary.median / base[direction].median if base else None,
+                    phase=comparison.phase,
                     l2=l2,
                     copy_percent=100 * rate / copy_gb_per_s,
                     device_us=sum(k.microseconds for k in kernels[direction]) if kernels else None,

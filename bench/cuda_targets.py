@@ -37,14 +37,19 @@ PASSES = (
 
 
 class Times:
-    """Medians of the rows with mixed data, and geometric means of their ratios over the shapes."""
+    """The rows with mixed data, of what several phases measured the first, and means of ratios over the shapes.
+
+    Both times of a ratio are of one phase, where they were taken side by side.
+    """
 
     def __init__(self, rows: Iterable[CudaRow], l2: str = "cold") -> None:
-        self.rows = {
-            (row.provider, row.M, row.shape, row.dtype, row.layout, row.direction): row
-            for row in rows
-            if (row.data, row.l2) == ("mixed", l2)
-        }
+        self.rows: dict[tuple, CudaRow] = {}
+        self._phases: dict[tuple, dict[str, float]] = defaultdict(dict)
+        for row in rows:
+            if (row.data, row.l2) == ("mixed", l2):
+                key = (row.provider, row.M, row.shape, row.dtype, row.layout, row.direction)
+                self.rows.setdefault(key, row)
+                self._phases[key][row.phase] = row.median_us
 
     def cases(self) -> list[tuple[str, str, str]]:
         """Every (shape, dtype, layout) that was measured."""
@@ -63,8 +68,8 @@ class Times:
 
     def ratio(self, name: str, other: str, case: tuple[str, str, str], direction: str) -> float | None:
         """`name`'s time in units of `other`'s, with four components where they have components."""
-        one, unit = (self.value(each, _components(each), case, direction) for each in (name, other))
-        return None if one is None or unit is None else one / unit
+        ones, units = (self._phases.get((each, _components(each), *case, direction), {}) for each in (name, other))
+        return next((median / units[phase] for phase, median in ones.items() if phase in units), None)
 
     def mean(self, name: str, other: str, group: tuple[str, str], direction: str = BOTH) -> float | None:
         """The geometric mean of `ratio` over the shapes of a (dtype, layout), None where there are none."""
@@ -84,11 +89,11 @@ def _components(provider: str) -> int:
     return 1 if provider.startswith("BatchNorm2d") else 4
 
 
-def pass_percents(kernels: Iterable[KernelRow], provider: str, copy_gb_per_s: float) -> dict[tuple[str, ...], float]:
+def pass_percents(kernels: Iterable[KernelRow], copy_gb_per_s: float) -> dict[tuple[str, ...], float]:
     """(pass, shape, dtype, layout) to the percentage of the copy bandwidth at which the pass moves its tensors."""
     percents = {}
     for row in kernels:
-        if (row.provider, row.M, row.data) != (provider, 4, "mixed"):
+        if (row.provider, row.M, row.data) != (OURS, 4, "mixed"):
             continue
         for name, tensors, direction, start in PASSES:
             if row.direction == direction and row.kernel.startswith(start):
@@ -125,7 +130,7 @@ def targets(
     value = cold.worst(OURS, BATCHNORM, direction=EVALUATION)
     found.append(Target(f"{EVALUATION}, {OURS} / {BATCHNORM}", value, "≤", 1.1))
 
-    percents = pass_percents(kernels, OURS, copy_gb_per_s)
+    percents = pass_percents(kernels, copy_gb_per_s)
     for name in dict.fromkeys(name for name, *_ in percents):
         by_layout = defaultdict(list)
         for (of, shape, dtype, layout), percent in percents.items():

@@ -37,6 +37,14 @@ class Environment:
     date: str
     copy_gb_per_s: float
 
+    @property
+    def facts(self) -> str:
+        """The same in sentences."""
+        return (
+            f"{self.device}, driver {self.driver}; CUDA {self.cuda}, cuDNN {self.cudnn}, torch {self.torch}, "
+            f"cbn_ext {self.cbn_ext}; {self.date}. A copy on the device moves {self.copy_gb_per_s:,.0f} GB/s."
+        )
+
 
 @dataclass(frozen=True)
 class Captured:

@@ -11,9 +11,9 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ TENSORS_MOVED = {FORWARD: 2, BACKWARD: 3, BOTH: 5, EVALUATION: 2}
 RESIDUALS_MOVED = {FORWARD: 1, BACKWARD: 1, BOTH: 2, EVALUATION: 1}
 
 Key = TypeVar("Key", bound=Hashable)
+Row = TypeVar("Row")
 
 
 class Workload(Protocol):
@@ -223,11 +224,30 @@ class MemoryRow:
 
 
 def write_csv(path: Path, rows: Sequence[Any], environment: Any) -> None:
-    """One line for each row; rows and environment are dataclasses, the environment's columns come last."""
-    names = [f.name for f in (*fields(rows[0]), *fields(environment))]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
+    """One line for each row; rows and environment are dataclasses, the environment's columns come last.
+
+    The file is there as a whole or, should the process end meanwhile, as it was before.
+    """
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(each.name for each in (*fields(rows[0]), *fields(environment)))
         for row in rows:
-            rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(row).items()}
-            writer.writerow(rounded | asdict(environment))
+            rounded = (round(value, 3) if isinstance(value, float) else value for value in vars(row).values())
+            writer.writerow([*rounded, *vars(environment).values()])
+    part.replace(path)
+
+
+def read_csv(path: Path, row_type: type[Row]) -> list[Row]:
+    """The rows, or the environments, that `write_csv` wrote: of each line the columns that `row_type` has."""
+    types = get_type_hints(row_type)
+    with path.open(newline="") as file:
+        return [
+            row_type(**{name: _parse(line[name], kind) for name, kind in types.items()})
+            for line in csv.DictReader(file)
+        ]
+
+
+def _parse(text: str, kind: Any) -> Any:
+    kinds = get_args(kind) or (kind,)
+    return None if not text and type(None) in kinds else kinds[0](text)

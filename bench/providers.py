@@ -1,7 +1,7 @@
 """The providers of a normalization, set up by one function on one problem, and the check of their results."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import cbn_ext
 from cbn_ext import CompoundBatchNorm2d, CompoundBatchNormAct2d, reference
 
 #: What is computed: cbn(x), relu(cbn(x)), relu(cbn(x) + residual).
 NORM, RELU, ADD_RELU = OPERATIONS = ("norm", "norm + ReLU", "norm + add + ReLU")
 
 OURS, OURS_RELU, OURS_ADD_RELU = "cbn_ext", "cbn_ext + ReLU", "cbn_ext + add + ReLU"
-STREAMING, ONE_BLOCK = "cbn_ext streaming", "cbn_ext one block"
 BATCHNORM, BATCHNORM_COMPILED = "BatchNorm2d", "BatchNorm2d compiled"
 BATCHNORM_RELU, BATCHNORM_RELU_COMPILED = "BatchNorm2d + ReLU", "BatchNorm2d + ReLU compiled"
 BATCHNORM_ADD_RELU, BATCHNORM_ADD_RELU_COMPILED = "BatchNorm2d + add + ReLU", "BatchNorm2d + add + ReLU compiled"
@@ -24,20 +24,25 @@ REFERENCE, REFERENCE_COMPILED = "reference", "reference compiled"
 
 
 class Provider(NamedTuple):
-    """How a result is made. cluster: what CBN_CUDA_CLUSTER is set to, None to leave the choice to the operator."""
+    """How a result is made. settings: CBN_CUDA_NAME to value, for the CUDA operators, which else choose themselves."""
 
     layer: str
     operation: str = NORM
     compiled: bool = False
-    cluster: int | None = None
+    settings: Mapping[str, int] = {}
+
+
+#: Settings that are compared with the operators' own choice: of the streaming path, then of the resident one.
+_SETTINGS = (
+    *({"CLUSTER": 0, "BLOCKS": blocks, "AHEAD": ahead} for blocks in (4, 8, 16) for ahead in (3, 7)),
+    *({"CLUSTER": cluster, "THREADS": threads} for cluster in (1, 8) for threads in (256, 512)),
+)
 
 
 PROVIDERS = {
     OURS: Provider("cbn_ext"),
     OURS_RELU: Provider("cbn_ext", RELU),
     OURS_ADD_RELU: Provider("cbn_ext", ADD_RELU),
-    STREAMING: Provider("cbn_ext", cluster=0),
-    ONE_BLOCK: Provider("cbn_ext", cluster=1),
     BATCHNORM: Provider("BatchNorm2d"),
     BATCHNORM_RELU: Provider("BatchNorm2d", RELU),
     BATCHNORM_ADD_RELU: Provider("BatchNorm2d", ADD_RELU),
@@ -46,6 +51,12 @@ PROVIDERS = {
     BATCHNORM_ADD_RELU_COMPILED: Provider("BatchNorm2d", ADD_RELU, compiled=True),
     REFERENCE: Provider("reference"),
     REFERENCE_COMPILED: Provider("reference", compiled=True),
+    **{
+        f"{OURS} " + " ".join(f"{name.lower()}={value}" for name, value in settings.items()): Provider(
+            "cbn_ext", settings=settings
+        )
+        for settings in _SETTINGS
+    },
 }
 
 EPS = 1e-5
@@ -60,7 +71,7 @@ ERROR_LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, t
 #: element of a million is a thousandth of the norm.
 RELU_ERROR_LIMIT = 5e-3
 
-_LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 class WrongResultError(RuntimeError):
@@ -147,7 +158,7 @@ def make_problem(case: Case) -> Problem:
         "weight": 1 + 0.2 * torch.randn(mean.shape, **draw),
         "bias": 0.2 * torch.randn(mean.shape, **draw),
     }
-    layout = {"dtype": case.dtype, "memory_format": _LAYOUTS[case.layout]}
+    layout = {"dtype": case.dtype, "memory_format": MEMORY_FORMATS[case.layout]}
     state_dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
     return Problem(
         case,
@@ -203,16 +214,14 @@ class LayerWorkload:
     def forward(self) -> Tensor:
         """y (N, C, H, W)."""
         inputs = (self.problem.x, self.problem.residual)
-        with _cluster(self.provider.cluster):
-            return self.layer(*(inputs if self.provider.operation == ADD_RELU else inputs[:1]))
+        return self.layer(*(inputs if self.provider.operation == ADD_RELU else inputs[:1]))
 
     def backward(self, output: Tensor) -> tuple[Tensor, ...]:
         """Gradients of x (N, C, H, W), weight and bias, (M, C) or (C,), and of what was added (N, C, H, W)."""
         inputs = [self.problem.x, self.layer.weight, self.layer.bias]
         if self.provider.operation == ADD_RELU:
             inputs.append(self.problem.residual)
-        with _cluster(self.provider.cluster):
-            return torch.autograd.grad(output, inputs, self.problem.grad_output)
+        return torch.autograd.grad(output, inputs, self.problem.grad_output)
 
     def evaluate(self) -> Tensor:
         """y (N, C, H, W) in evaluation mode, without autograd."""
@@ -225,16 +234,22 @@ class LayerWorkload:
 
 
 @contextmanager
-def _cluster(size: int | None) -> Iterator[None]:
-    """Have the CUDA operator plan its launches for blocks of this cluster size, 0 without any; None changes nothing."""
-    if size is None:
+def cuda_settings(settings: Mapping[str, int]) -> Iterator[None]:
+    """Have the CUDA operators plan their launches by CBN_CUDA_NAME = value meanwhile, and then as before."""
+    if not settings:
         yield
         return
-    os.environ["CBN_CUDA_CLUSTER"] = str(size)
+    variables = {f"CBN_CUDA_{name}": str(value) for name, value in settings.items()}
+    before = {name: os.environ[name] for name in variables if name in os.environ}
+    os.environ.update(variables)
     try:
+        cbn_ext.ops.read_cuda_environment()
         yield
     finally:
-        del os.environ["CBN_CUDA_CLUSTER"]
+        for name in variables:
+            del os.environ[name]
+        os.environ.update(before)
+        cbn_ext.ops.read_cuda_environment()
 
 
 def set_up(name: str, problem: Problem) -> LayerWorkload:

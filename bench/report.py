@@ -95,12 +95,23 @@ def report_name(kind: str, device: str) -> str:
     return f"{kind}-" + re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
+def write_csvs(folder: Path, name: str, csv: dict[str, Sequence[Any]], environment: Any) -> list[Path]:
+    """Write the rows of each ending to NAME and that; of what has no rows there is no file."""
+    paths = []
+    for ending, rows in csv.items():
+        if rows:
+            paths.append(folder / f"{name}{ending}.csv")
+            write_csv(paths[-1], rows, environment)
+    return paths
+
+
 @dataclass(frozen=True)
 class Report:
     """All that a benchmark found out.
 
-    kind: "cpu" or "cuda". environment: a dataclass with the device's name, the columns that every row of CSV ends with.
+    kind: such as "cpu". environment: a dataclass with the device's name, the columns that every row of CSV ends with.
     csv, figures: by what their file names end with. text: Markdown below the tables. warnings: what a reader must know.
+    part: what the summary's file name ends with.
     """
 
     kind: str
@@ -111,6 +122,7 @@ class Report:
     figures: dict[str, "Figure"]
     text: str
     warnings: list[str] = field(default_factory=list)
+    part: str = ""
 
     @property
     def name(self) -> str:
@@ -118,9 +130,8 @@ class Report:
         return report_name(self.kind, self.environment.device)
 
     def show(self, count: int | None = None) -> None:
-        """Print the first `count` tables, or all of them; the very first one, the targets, last."""
-        first, *others = self.tables[:count]
-        for table in (*others, first):
+        """Print the first `count` tables, or all of them, the first one, such as the targets, last."""
+        for table in reversed(self.tables[:count]):
             print(table.text(), end="\n\n")
         for warning in self.warnings:
             print(warning)
@@ -128,17 +139,14 @@ class Report:
     def write(self, folder: Path) -> list[Path]:
         """Write NAME and ending for every CSV file and figure, and NAME.md, into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        paths = []
-        for ending, rows in self.csv.items():
-            if rows:
-                paths.append(folder / f"{self.name}{ending}.csv")
-                write_csv(paths[-1], rows, self.environment)
+        paths = write_csvs(folder, self.name, self.csv, self.environment)
         pictures = [folder / f"{self.name}{ending}.png" for ending in self.figures]
         shown = [f"![times]({path.name})" for path in pictures]
         tables = (table.markdown() for table in self.tables)
         warnings = ["\n".join(f"- {warning}" for warning in self.warnings)] if self.warnings else []
-        paths.append(folder / f"{self.name}.md")
-        paths[-1].write_text("\n\n".join([f"# {self.name}", self.facts, *warnings, *tables, self.text, *shown]) + "\n")
+        title = self.name + self.part
+        paths.append(folder / f"{title}.md")
+        paths[-1].write_text("\n\n".join([f"# {title}", self.facts, *warnings, *tables, self.text, *shown]) + "\n")
         # The pictures take the longest: should the process be stopped, they are missed the least.
         for path, figure in zip(pictures, self.figures.values(), strict=True):
             figure.savefig(path, dpi=150)

@@ -1,6 +1,7 @@
 """The benchmark's arithmetic, its probes, targets and files; no time is judged here."""
 
 import csv
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from bench import cpu, harness, providers
+from bench.__main__ import RESULTS, main
 from bench.compare import Comparison, compare
 from bench.harness import BACKWARD, BOTH, DIRECTIONS, EVALUATION, FORWARD, MemoryRow, TimeRow
 from bench.providers import (
@@ -187,6 +189,25 @@ def test_csv_leaves_what_was_not_measured_empty(tmp_path):
     assert (row["beyond"], row["resident"]) == ("100", "")
 
 
+def test_rows_and_environment_come_back_from_a_csv(tmp_path):
+    path = tmp_path / "memory.csv"
+    rows = [memory_row(resident=None), memory_row(resident=0, shape="9x9")]
+    harness.write_csv(path, rows, ENVIRONMENT)
+    assert harness.read_csv(path, MemoryRow) == rows
+    assert harness.read_csv(path, cpu.Environment) == [ENVIRONMENT] * 2
+    times = [time_row(median_us=1.5, ratio_to_batchnorm=None)]
+    harness.write_csv(path, times, ENVIRONMENT)
+    assert harness.read_csv(path, TimeRow) == times
+
+
+def test_a_csv_that_could_not_be_finished_leaves_the_one_before(tmp_path):
+    path = tmp_path / "memory.csv"
+    harness.write_csv(path, [memory_row()], ENVIRONMENT)
+    with pytest.raises(TypeError):
+        harness.write_csv(path, [memory_row(beyond=7), None], ENVIRONMENT)
+    assert harness.read_csv(path, MemoryRow) == [memory_row()]
+
+
 SMALL = Case((4, 6, 5, 5))
 
 
@@ -293,6 +314,25 @@ def test_a_target_that_was_not_measured_says_so():
     target = Target("speed", None, "≤", 3.0)
     assert target.cells == ["speed", "", "≤ 3", "not measured"]
     assert not target.met
+
+
+@pytest.mark.parametrize(
+    ("command", "part", "arguments"),
+    [
+        ("cuda --seconds 90", "cuda_report", (90.0, RESULTS, False)),
+        ("cuda --sweep", "cuda_report", (280, RESULTS, True)),
+        ("network --device cpu --seconds 5", "network", ("cpu", 5.0, RESULTS)),
+        ("sass", "sass", (None, RESULTS)),
+    ],
+)
+def test_a_command_runs_its_part_alone(monkeypatch, command, part, arguments):
+    called = []
+    for name in ("cpu", "cuda_report", "network", "sass"):
+        monkeypatch.setattr(f"bench.{name}.run", lambda *given, name=name: called.append((name, given)))
+    monkeypatch.setattr("sys.argv", ["bench", *command.split()])
+    with nullcontext() if part == "sass" else pytest.raises(SystemExit):
+        main()
+    assert called == [(part, arguments)]
 
 
 def test_environment_tells_the_machine():

@@ -1,15 +1,18 @@
 """The CUDA benchmark without a GPU: its plan, budget, checks and rows, with a timer that is told the times."""
 
+import os
+import shutil
 from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
-from bench import cuda, cuda_compare, cuda_report, providers
+import cbn_ext
+from bench import cuda, cuda_compare, cuda_report, cuda_sweep, providers
 from bench.compare import Comparison
-from bench.cuda_compare import DeviceLostError, Failure, Measured, measure, rotated_steps
+from bench.cuda_compare import CudaRow, DeviceLostError, Failure, KernelRow, Measured, measure, rotated_steps
 from bench.graphs import Environment
-from bench.harness import BACKWARD, BOTH, EVALUATION, FORWARD
+from bench.harness import BACKWARD, BOTH, EVALUATION, FORWARD, MemoryRow, read_csv
 from bench.providers import (
     BATCHNORM,
     BATCHNORM_ADD_RELU,
@@ -78,7 +81,7 @@ TIMES = {OURS: 10.0, BATCHNORM: 20.0, OURS_ADD_RELU: 12.0, BATCHNORM_ADD_RELU: 4
 
 def measured(timer, members=MEMBERS, case=SMALL):
     found = Measured()
-    measure(Comparison(case, members), timer, COPY, found)
+    measure(Comparison(case, members, "some phase"), timer, COPY, found)
     return found
 
 
@@ -87,7 +90,7 @@ def test_rows_of_a_comparison():
     rows = {(row.provider, row.l2, row.direction): row for row in found.times}
     assert len(rows) == len(found.times) == 4 * 2 * 4
     row = rows[OURS_ADD_RELU, "cold", BACKWARD]
-    assert (row.median_us, row.ratio_to_batchnorm, row.M) == (24.0, 0.25, 4)
+    assert (row.median_us, row.ratio_to_batchnorm, row.M, row.phase) == (24.0, 0.25, 4, "some phase")
     assert row.gb_per_s == pytest.approx(4 * SMALL.tensor_bytes / 24e3)
     assert row.copy_percent == pytest.approx(row.gb_per_s / 40)
     assert (row.device_us, row.kernels) == (8.0, f"{OURS_ADD_RELU} backward; 2 add")
@@ -100,6 +103,45 @@ def test_rows_of_a_comparison():
     assert (found.kernels[0].kernel, found.kernels[0].device_us, found.kernels[1].calls) == (f"{OURS} forward", 7.0, 2)
     assert [row.in_out // SMALL.tensor_bytes for row in found.memory] == [4, 4, 6, 6]
     assert found.failures == []
+
+
+def test_memory_and_kernels_of_what_is_measured_again_are_those_of_the_first_time():
+    found = measured(FakeTimer(TIMES), MEMBERS[:2])
+    memory, kernels = list(found.memory), list(found.kernels)
+    measure(Comparison(SMALL, MEMBERS, "again"), FakeTimer(TIMES), COPY, found)
+    assert [row.phase for row in found.times] == ["some phase"] * 2 * 8 + ["again"] * 4 * 8
+    assert (found.memory[:2], found.kernels[:12]) == (memory, kernels)
+    assert [row.provider for row in found.memory[2:]] == [OURS_ADD_RELU, BATCHNORM_ADD_RELU]
+    assert {row.provider for row in found.kernels[12:]} == {OURS_ADD_RELU, BATCHNORM_ADD_RELU}
+    assert len(found.kernels) == 4 * 3 * 2
+
+
+def test_eager_steps_are_queued_and_the_device_waited_for_once(monkeypatch):
+    now = [0]
+
+    class Waiting(FakeTimer):
+        def synchronize(self):
+            now[0] += 400_000  # ns
+
+    def step(self, output):
+        now[0] += 2000 * self.problem.case.components  # M microseconds a step, and the waiting's share
+        return ()
+
+    monkeypatch.setattr(
+        providers.LayerWorkload,
+        "forward",
+        lambda self: now.__setitem__(0, now[0] + 1000 * self.problem.case.components),
+    )
+    monkeypatch.setattr(providers.LayerWorkload, "backward", step)
+    monkeypatch.setattr("time.perf_counter_ns", lambda: now[0])
+    found = Measured()
+    cuda_compare.measure_eager(Comparison(SMALL, ((OURS, 4), (BATCHNORM, 1)), "eager"), Waiting({}), COPY, found)
+    assert [(r.provider, r.M, r.l2, r.direction, r.device_us, r.kernels) for r in found.times] == [
+        (OURS, 4, "eager", BOTH, None, ""),
+        (BATCHNORM, 1, "eager", BOTH, None, ""),
+    ]
+    assert [row.median_us for row in found.times] == pytest.approx([16.0, 7.0])
+    assert found.times[0].ratio_to_batchnorm == pytest.approx(16 / 7)
 
 
 def test_cold_steps_have_tensors_of_their_own_and_hot_ones_share_theirs():
@@ -166,37 +208,72 @@ def test_a_lost_device_ends_the_measurement():
         measured(FakeTimer(TIMES, broken=(OURS,), lost=True))
 
 
-def test_the_plan_has_every_shape_dtype_and_layout_once():
+def test_the_plan_has_each_case_once_in_a_phase_and_the_most_important_phases_first():
     plan = cuda.comparisons()
-    mixed = [(c.case.shape, c.case.dtype, c.case.layout) for c in plan if c.case.data == "mixed"]
-    assert len(mixed) == len(set(mixed)) == 15 * 3 * 2
-    assert sorted(c.case.data for c in plan if c.case.data != "mixed") == ["constant", "saturated"]
-    assert {name for c in plan for name, _ in c.members} == set(PROVIDERS)
-    assert {m for c in plan for name, m in c.members if name == OURS} == {1, 2, 4, 8}
-    # When time runs short, every dtype and layout has been measured at the same shapes.
-    assert len({shape for shape, _, _ in mixed[:6]}) == 1
+    both = {torch.float32, torch.bfloat16}
+    assert list(dict.fromkeys(c.phase for c in plan)) == [
+        *("plain", "fused", "eager", "compiled", "reference", "components", "float16", "batch 256"),
+        *("saturated", "constant"),
+    ]
+    assert [c.phase for c in plan] == sorted((c.phase for c in plan), key=[c.phase for c in plan].index)
+    assert len({(c.phase, c.case) for c in plan}) == len(plan)
+    for phase in ("plain", "fused", "compiled"):
+        cases = [c.case for c in plan if c.phase == phase]
+        assert {(c.shape, c.layout, c.dtype) for c in cases} == {
+            (shape, layout, dtype) for shape in cuda.SHAPES for layout in cuda.LAYOUTS for dtype in both
+        }
+        # When time runs short, both dtypes and layouts have been measured at the same shapes.
+        assert [c.shape for c in cases[::4]] == list(cuda.SHAPES)
+    assert len(cuda.SHAPES) == 9
     for comparison in plan:
-        assert {(OURS, 4), (BATCHNORM, 1)} <= set(comparison.members)
+        assert (BATCHNORM, 1) in comparison.members
         assert comparison.case.device == "cuda"
+    assert {c.members for c in plan if c.phase == "plain"} == {((OURS, 4), (BATCHNORM, 1))}
+    assert {name for c in plan for name, _ in c.members} == {n for n, p in PROVIDERS.items() if not p.settings}
+    assert {m for c in plan for name, m in c.members if name == OURS} == {1, 2, 4, 8}
+    assert {c.case.dtype for c in plan} == both | {torch.float16}
+    assert {c.case.data for c in plan} == {"mixed", "saturated", "constant"}
+
+
+def test_what_a_phase_compares_is_in_each_of_its_comparisons():
+    """Ratios are made within a comparison."""
+    members = {c.phase: {name for name, _ in c.members} for c in cuda.comparisons()}
+    assert {OURS_RELU, BATCHNORM_RELU, OURS_ADD_RELU, BATCHNORM_ADD_RELU} <= members["fused"]
+    assert {name for name, p in PROVIDERS.items() if p.layer != "reference" and not p.settings} == members["compiled"]
+    assert {OURS, providers.REFERENCE, providers.REFERENCE_COMPILED} <= members["reference"]
+
+
+def test_the_sweep_has_all_settings_in_each_comparison_and_three_shapes_first():
+    plan = cuda.sweep()
+    settings = {(name, 4) for name, provider in PROVIDERS.items() if provider.settings}
+    for comparison in plan:
+        assert set(comparison.members) == settings | {(OURS, 4), (BATCHNORM, 1)}
+    assert [c.case.shape for c in plan] == [shape for shape in cuda.SWEEP_SHAPES for _ in range(4)]
+    assert len({c.case for c in plan}) == 5 * 2 * 2
+    assert cuda.SWEEP_SHAPES[:3] == ((64, 256, 56, 56), (64, 64, 56, 56), (128, 16, 32, 32))
 
 
 class Clock:
-    """Time that passes when something is measured."""
+    """Time that passes when something is measured: seconds by phase."""
 
-    def __init__(self, eager: float, compiled: float) -> None:
-        self.now, self.eager, self.compiled, self.measured = 0.0, eager, compiled, []
+    def __init__(self, **seconds: float) -> None:
+        self.now, self.seconds, self.measured = 0.0, seconds, []
 
     def measure(self, comparison, timer, copy_gb_per_s, found):
-        names = [name for name, _ in comparison.members]
-        self.now += self.eager + self.compiled * any(PROVIDERS[name].compiled for name in names)
-        self.measured.append(names)
+        self.now += self.seconds[comparison.phase]
+        self.measured.append(comparison)
         found.times.append(len(self.measured))
 
     def __call__(self) -> float:
         return self.now
 
 
-PLAN = [Comparison(replace(SMALL, shape=(n, 1, 1, 1)), ((BATCHNORM, 1), (BATCHNORM_COMPILED, 1))) for n in range(2, 12)]
+CASES = [replace(SMALL, shape=(n, 1, 1, 1)) for n in range(2, 6)]
+PLAN = [Comparison(case, ((BATCHNORM, 1), *more), phase) for phase, more in (
+    ("plain", ()),
+    ("compiled", ((BATCHNORM_COMPILED, 1),)),
+    ("float16", ()),
+) for case in CASES]  # fmt: skip
 
 
 def budgeted(monkeypatch, clock: Clock, seconds: float):
@@ -206,44 +283,48 @@ def budgeted(monkeypatch, clock: Clock, seconds: float):
     return cuda.run(None, COPY, PLAN, seconds, said.append, save, clock), said, saved
 
 
-def test_all_is_measured_when_there_is_time(monkeypatch):
-    clock = Clock(eager=1.0, compiled=9.0)
+def test_all_is_measured_in_order_when_there_is_time(monkeypatch):
+    clock = Clock(plain=1.0, compiled=9.0, float16=1.0)
     found, said, saved = budgeted(monkeypatch, clock, 200.0)
-    assert clock.measured == [[BATCHNORM, BATCHNORM_COMPILED]] * 10
-    assert found.left_out == []
-    assert said[1] == "  10 s, 2 of 10: 3x1x1x1 float32 contiguous, with compiled ones"
-    assert saved == [(n, 10.0 * n) for n in range(1, 11)]
+    assert clock.measured == PLAN
+    assert found.left_out == {}
+    assert said[5] == "  13 s, 6 of 12, compiled: 3x1x1x1 float32 contiguous"
+    assert saved == [(n, n if n <= 4 else 9 * n - 32 if n <= 8 else n + 32) for n in range(1, 13)]
 
 
-def test_compiled_members_are_left_out_first(monkeypatch):
-    clock = Clock(eager=2.0, compiled=10.0)
-    found, _, _ = budgeted(monkeypatch, clock, 55.0)
-    # Of the 55 seconds, 20 are for the eager members; three times 10 fit beside them.
-    assert clock.measured == [[BATCHNORM, BATCHNORM_COMPILED]] * 3 + [[BATCHNORM]] * 7
-    assert found.left_out == [f"{n}x1x1x1 float32 contiguous: {BATCHNORM_COMPILED}" for n in range(5, 12)]
-    assert found.seconds == 50.0
+def test_what_the_time_does_not_suffice_for_is_named_by_phase(monkeypatch):
+    clock = Clock(plain=2.0, compiled=10.0, float16=2.0)
+    # 8 for the first phase; two comparisons of the second, of which the first one is expected to take 15; 5 remain.
+    found, _, saved = budgeted(monkeypatch, clock, 33.0)
+    assert clock.measured == PLAN[:6] + PLAN[8:10]
+    assert found.left_out == {
+        "compiled": ["4x1x1x1 float32 contiguous", "5x1x1x1 float32 contiguous"],
+        "float16": ["4x1x1x1 float32 contiguous", "5x1x1x1 float32 contiguous"],
+    }
+    assert found.seconds == 32.0
+    assert len(saved) == 8
 
 
-def test_what_the_time_does_not_suffice_for_is_named(monkeypatch):
-    clock = Clock(eager=2.0, compiled=10.0)
-    found, _, _ = budgeted(monkeypatch, clock, 7.0)
-    assert clock.measured == [[BATCHNORM]] * 3
-    assert found.left_out[3:] == [f"{n}x1x1x1 float32 contiguous: all" for n in range(5, 12)]
+def test_compilation_is_not_begun_without_time_for_it(monkeypatch):
+    clock = Clock(plain=2.0, compiled=10.0, float16=2.0)
+    found, _, _ = budgeted(monkeypatch, clock, 8.0 + 14.0)
+    assert clock.measured == PLAN[:4] + PLAN[8:]
+    assert len(found.left_out["compiled"]) == 4
 
 
 def test_slow_machines_lower_what_is_still_tried(monkeypatch):
-    clock = Clock(eager=8.0, compiled=0.0)
-    found, _, _ = budgeted(monkeypatch, clock, 29.0)
-    # After a first guess of 2 seconds the mean rises: 2, 5, 6, 6.5; what remains falls: 29, 21, 13, 5.
+    clock = Clock(plain=8.0)
+    found, _, _ = budgeted(monkeypatch, clock, 26.0)
+    # After a first guess of 2 seconds the phase is known to take 8; what remains falls: 26, 18, 10, 2.
     assert len(clock.measured) == 3
-    assert found.seconds == 24.0
+    assert (found.seconds, len(found.left_out["plain"]), len(found.left_out["compiled"])) == (24.0, 1, 4)
 
 
 @pytest.mark.parametrize(
     ("error", "why"), [(DeviceLostError("gone"), "the device failed"), (KeyboardInterrupt(), "interrupted")]
 )
 def test_what_was_measured_before_the_end_is_kept(monkeypatch, error, why):
-    clock = Clock(eager=1.0, compiled=1.0)
+    clock = Clock(plain=1.0)
 
     def measure_two(*arguments):
         if len(clock.measured) == 2:
@@ -254,8 +335,8 @@ def test_what_was_measured_before_the_end_is_kept(monkeypatch, error, why):
     saved = []
     found = cuda.run(None, COPY, PLAN, 100.0, lambda line: None, lambda found: saved.append(len(found.times)), clock)
     assert saved == [1, 2, 2]
-    assert found.left_out[0] == f"4x1x1x1 float32 contiguous: all, {why}"
-    assert len(found.left_out) == 8
+    assert found.left_out["plain"] == [f"{n}x1x1x1 float32 contiguous ({why})" for n in (4, 5)]
+    assert {phase: len(cases) for phase, cases in found.left_out.items()} == {"plain": 2, "compiled": 4, "float16": 4}
 
 
 def test_inputs_that_cannot_be_made_do_not_end_the_measurement(monkeypatch):
@@ -281,25 +362,38 @@ def test_tensors_of_every_member_are_the_same():
         assert tensor.requires_grad is original.requires_grad
 
 
+MORE = {OURS_RELU: 11.0, BATCHNORM_RELU: 22.0}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that puts a GPU there, with these times and this plan."""
+
+    def set_up(times, *plan, **options):
+        class Timer(FakeTimer):
+            def __init__(self):
+                super().__init__(times, **options)
+
+            def environment(self):
+                return ENVIRONMENT
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr("cbn_ext.build_info", lambda: {"cuda_load_error": None})
+        monkeypatch.setattr(cuda_report, "Timer", Timer)
+        for name in ("comparisons", "sweep"):
+            monkeypatch.setattr(cuda, name, lambda: plan)
+
+    return set_up
+
+
 @pytest.mark.parametrize(("broken", "status"), [((), 0), ((BATCHNORM_RELU,), 0), ((OURS_RELU,), 1)])
-def test_a_whole_run(monkeypatch, capsys, tmp_path, broken, status):
+def test_a_whole_run(gpu, capsys, tmp_path, broken, status):
     members = (*MEMBERS, (OURS_RELU, 4), (BATCHNORM_RELU, 1))
-
-    class Timer(FakeTimer):
-        def __init__(self):
-            super().__init__(TIMES | {OURS_RELU: 11.0, BATCHNORM_RELU: 22.0}, broken=broken)
-
-        def environment(self):
-            return ENVIRONMENT
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("cbn_ext.build_info", lambda: {"cuda_load_error": None})
-    monkeypatch.setattr(cuda_report, "Timer", Timer)
-    monkeypatch.setattr(cuda, "comparisons", lambda: [Comparison(SMALL, members)])
+    gpu(TIMES | MORE, Comparison(SMALL, members, "plain"), broken=broken)
     assert cuda_report.run(100.0, tmp_path) == status
     output = capsys.readouterr().out
     for line in (
-        "   0 s, 1 of 1: 4x6x5x5 float32 contiguous",
+        "   0 s, 1 of 1, plain: 4x6x5x5 float32 contiguous",
         "forward+backward, cbn_ext / BatchNorm2d, float32",
         "wrote ",
         *(f"FAILED: {name}, 4x6x5x5 float32 contiguous: RuntimeError: {name} cannot be captured" for name in broken),
@@ -307,6 +401,82 @@ def test_a_whole_run(monkeypatch, capsys, tmp_path, broken, status):
         assert line in output
     summary = (tmp_path / "cuda-some-gpu-9.md").read_text()
     assert "| 4x6x5x5 float32 contiguous | 60.0 | 30.0 | 0.50 | 0.50 | 0.50 | 0.50 |" in summary
+    # What is printed last is what the files give again.
+    lines = cuda_report.summary(tmp_path)
+    assert lines[0].startswith("Some GPU 9, driver 555.1; ")
+    assert "\n".join(lines[1:]) in output
+
+
+def test_what_a_killed_run_leaves_is_all_but_its_last_comparison(gpu, monkeypatch, tmp_path):
+    plan = [Comparison(replace(SMALL, shape=(4, 6, n, n)), MEMBERS[:2], "plain") for n in (5, 4, 3)]
+    gpu(TIMES, *plan)
+    results, left = tmp_path / "results", tmp_path / "left"
+
+    def measure_and_look(comparison, *arguments):
+        if comparison is plan[2]:
+            shutil.copytree(results, left)
+        measure(comparison, *arguments)
+
+    monkeypatch.setattr(cuda, "measure", measure_and_look)
+    assert cuda_report.run(100.0, results) == 0
+    names = {ending: f"cuda-some-gpu-9{ending}.csv" for ending in ("", "-memory", "-kernels")}
+    assert {path.name for path in left.iterdir()} == set(names.values())
+    shapes = ["4x6x5x5", "4x6x4x4"]
+    for ending, row_type in (("", CudaRow), ("-memory", MemoryRow), ("-kernels", KernelRow)):
+        rows = read_csv(left / names[ending], row_type)
+        assert list(dict.fromkeys(row.shape for row in rows)) == shapes
+        assert rows == read_csv(results / names[ending], row_type)[: len(rows)]
+    lines = cuda_report.summary(left)
+    assert len(lines) <= 60
+    (target,) = (line for line in lines if line.startswith("forward+backward, cbn_ext / BatchNorm2d, float32"))
+    assert target.split()[-4:] == ["0.50", "≤", "1", "met"]
+    for shape in shapes:
+        assert any(line.startswith(f"{shape} float32 contiguous  30.0  0.50") for line in lines)
+
+
+def test_files_of_an_older_run_do_not_pass_for_this_one(gpu, tmp_path):
+    (tmp_path / "cuda-some-gpu-9.csv").write_text("of an older run")
+    (tmp_path / "cuda-some-gpu-9-sweep.csv").write_text("of an older sweep")
+    gpu(TIMES, Comparison(SMALL, MEMBERS, "plain"), broken=tuple(TIMES))
+    assert cuda_report.run(100.0, tmp_path) == 1
+    assert {path.name for path in tmp_path.glob("*.csv")} == {"cuda-some-gpu-9-sweep.csv"}
+    assert cuda_report.summary(tmp_path) == []
+
+
+def test_a_sweep(gpu, monkeypatch, capsys, tmp_path):
+    streaming, resident = "cbn_ext cluster=0 blocks=8 ahead=7", "cbn_ext cluster=8 threads=256"
+    settings = {}
+
+    def capture_and_look(self, workloads, cold, evaluation, capture=FakeTimer.capture):
+        captured = capture(self, workloads, cold, evaluation)
+        settings[captured[0]] = {k: v for k, v in os.environ.items() if k.startswith("CBN_CUDA")}
+        assert evaluation is (captured[0] in (OURS, BATCHNORM))
+        return captured
+
+    monkeypatch.setattr(FakeTimer, "capture", capture_and_look)
+    read = []
+    monkeypatch.setattr(cbn_ext.ops, "read_cuda_environment", lambda: read.append(dict(os.environ)), raising=False)
+    members = ((OURS, 4), (BATCHNORM, 1), (streaming, 4), (resident, 4))
+    times = {OURS: 10.0, BATCHNORM: 20.0, streaming: 8.0, resident: 16.0}
+    gpu(times, *(Comparison(replace(SMALL, layout=layout), members, "sweep") for layout in cuda.LAYOUTS))
+    assert cuda_report.run(100.0, tmp_path, sweep=True) == 0
+    assert settings == {
+        OURS: {},
+        BATCHNORM: {},
+        streaming: {"CBN_CUDA_CLUSTER": "0", "CBN_CUDA_BLOCKS": "8", "CBN_CUDA_AHEAD": "7"},
+        resident: {"CBN_CUDA_CLUSTER": "8", "CBN_CUDA_THREADS": "256"},
+    }
+    # Before and after each of two settings in each of two comparisons.
+    assert [sum(name.startswith("CBN_CUDA") for name in each) for each in read] == [3, 0, 2, 0] * 2
+    rows = read_csv(tmp_path / "cuda-some-gpu-9-sweep.csv", cuda_sweep.SweepRow)
+    row = next(row for row in rows if (row.provider, row.l2, row.direction) == (streaming, "cold", BACKWARD))
+    assert (row.cluster, row.blocks, row.ahead, row.threads) == (0, 8, 7, None)
+    assert (row.median_us, row.ratio_to_batchnorm, row.device_us, row.phase) == (16.0, 0.4, 8.0, "sweep")
+    assert {(r.cluster, r.blocks, r.ahead, r.threads) for r in rows if r.provider == OURS} == {(None,) * 4}
+    assert {path.name for path in tmp_path.iterdir()} == {"cuda-some-gpu-9-sweep.csv", "cuda-some-gpu-9-sweep.md"}
+    assert cuda_report.summary(tmp_path) == []
+    output = capsys.readouterr().out
+    assert "Which path for which input: backward" in output
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """What the CUDA benchmark makes of its rows: means, passes, targets, tables and files."""
 
 import csv
+import os
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
-from bench import cuda_report, cuda_tables
+from bench import cuda, cuda_report, cuda_sweep, cuda_tables
 from bench.cuda_compare import CudaRow, Failure, KernelRow, Measured
 from bench.cuda_targets import Times, pass_percents, targets
 from bench.graphs import Environment
@@ -19,9 +21,8 @@ from bench.providers import (
     OURS_ADD_RELU,
     OURS_RELU,
     REFERENCE_COMPILED,
-    STREAMING,
 )
-from bench.report import Table
+from bench.report import Table, report_name, write_csvs
 
 COPY = 4000.0  # GB/s
 ENVIRONMENT = Environment("Some GPU 9", "555.1", "13.0", 91000, "2.11.0", "0.1.0", "2026-01-31", COPY)
@@ -30,7 +31,7 @@ ENVIRONMENT = Environment("Some GPU 9", "555.1", "13.0", 91000, "2.11.0", "0.1.0
 def cuda_row(**changes) -> CudaRow:
     row = CudaRow(
         OURS, "64x256x56x56", "float32", "contiguous", 4, "mixed", BOTH,
-        20.0, 18.0, 25.0, 7, 1500.0, 2.0, "cold", 37.5, 19.0, "k",
+        20.0, 18.0, 25.0, 7, 1500.0, 2.0, "plain", "cold", 37.5, 19.0, "k",
     )  # fmt: skip
     return replace(row, **changes)
 
@@ -63,6 +64,67 @@ def test_means_are_geometric_over_the_shapes_that_both_have():
     assert Times(rows, "hot").mean(OURS, BATCHNORM, ("float32", "contiguous")) == pytest.approx(99.0)
 
 
+def test_ratios_are_of_one_phase_and_other_figures_of_the_first():
+    rows = rows_of({OURS: 10.0, BATCHNORM: 5.0})
+    rows += rows_of({OURS: 30.0, BATCHNORM: 7.0, REFERENCE_COMPILED: 90.0}, phase="reference")
+    times, case = Times(rows), ("64x256x56x56", "float32", "contiguous")
+    assert times.ratio(OURS, BATCHNORM, case, BOTH) == pytest.approx(2.0)
+    assert times.ratio(REFERENCE_COMPILED, OURS, case, BOTH) == pytest.approx(3.0)
+    assert times.value(BATCHNORM, 1, case, BOTH) == 5.0
+    assert times.mean(OURS, BATCHNORM, case[1:]) == pytest.approx(2.0)
+    rows = rows_of({BATCHNORM_RELU: 10.0}) + rows_of({OURS_RELU: 10.0}, phase="fused")
+    assert Times(rows).ratio(OURS_RELU, BATCHNORM_RELU, case, BOTH) is None
+
+
+def test_the_worst_cases_stand_in_their_order_with_short_kernels():
+    rows = []
+    for number in range(12):
+        ratio = float(number * 7 % 12)  # in no order
+        rows += rows_of({OURS: 10 * ratio}, shape=f"1x{number}x1x1", ratio_to_batchnorm=ratio)
+    kernels = [name for name, direction, _ in KERNELS if direction == FORWARD]
+    rows[1] = replace(rows[1], kernels=f"{kernels[0]}; 2 {kernels[2]}; {kernels[1]}; cbn::prepare_kernel; add_kernel")
+    others = {"direction": FORWARD}, {"l2": "hot"}, {"M": 1}, {"provider": OURS_RELU}, {"data": "constant"}
+    rows += [cuda_row(ratio_to_batchnorm=99.0, shape="9x9", **changes) for changes in others]
+    rows += [cuda_row(ratio_to_batchnorm=None, shape="8x8"), replace(rows[1], phase="again", ratio_to_batchnorm=50.0)]
+    (section,) = cuda_tables.worst_table(rows).sections
+    assert [row[2] for row in section] == [f"{n:.2f}" for n in range(11, 1, -1)]
+    (row,) = (row for row in section if row[0] == "1x1x1x1 float32 contiguous")
+    assert row[1:] == ["70.0", "7.00", "38", "reduce; 2 finish; map; prepare; add_kernel"]
+
+
+def test_eager_steps_have_a_table_of_their_own():
+    rows = rows_of({OURS: 300.0, BATCHNORM: 60.0}, l2="eager", phase="eager", shape="8x16x8x8", ratio_to_batchnorm=5.0)
+    (section,) = cuda_tables.eager_table(rows + rows_of({OURS: 9.0})).sections
+    assert section == [["8x16x8x8", OURS, "4", "300.0", "5.00"], ["8x16x8x8", BATCHNORM, "1", "60.0", "5.00"]]
+
+
+def test_the_sweep_names_the_fastest_setting_of_either_path():
+    streaming = {"cbn_ext cluster=0 blocks=4 ahead=3": 20.0, "cbn_ext cluster=0 blocks=8 ahead=7": 12.0}
+    resident = {"cbn_ext cluster=8 threads=256": 16.0, "cbn_ext cluster=1 threads=256": 18.0}
+    rows = []
+    for layout, unit in (("contiguous", 1.0), ("channels_last", 4.0)):
+        case = {"layout": layout, "direction": BACKWARD, "phase": "sweep"}
+        rows += rows_of(
+            {OURS: 15.0 * unit, BATCHNORM: 10.0}, kernels="cbn::reduce_kernel<a>; cbn::map_kernel<b>", **case
+        )
+        rows += rows_of(streaming, kernels="cbn::reduce_kernel<a>; cbn::map_kernel<b>", **case)
+        rows += rows_of(resident, kernels="cbn::resident_kernel<a>", **case)
+    report = cuda_sweep.make_report(ENVIRONMENT, Measured(times=rows, left_out={"sweep": ["somewhere"]}))
+    settings, forward, backward = report.tables
+    shared = ["reduce; map", "12.0", "cbn_ext cluster=0 blocks=8 ahead=7", "16.0", "cbn_ext cluster=8 threads=256"]
+    assert backward.sections == [
+        [["64x256x56x56 float32 contiguous", "10.0", "15.0", *shared, "1.25"]],
+        [["64x256x56x56 float32 channels_last", "10.0", "60.0", *shared, "5.00"]],
+    ]
+    groups = [f"{layout}, {d}" for layout in ("contiguous", "channels_last") for d in (FORWARD, BACKWARD)]
+    assert list(settings.header) == ["setting", *groups]
+    assert ["cbn_ext cluster=0 blocks=8 ahead=7", "", "0.80", "", "0.20"] in settings.sections[0]
+    assert ["cbn_ext cluster=0 blocks=16 ahead=3", "", "", "", ""] in settings.sections[0]
+    assert report.warnings == ["Left out of sweep, the time was over (1): somewhere"]
+    markdown = forward.markdown()
+    assert "| 64x256x56x56 float32 contiguous |  |  |  |  |  |  |  |  |" in markdown
+
+
 KERNELS = [
     ("cbn::reduce_kernel<cbn::Config<float, 4, false>, (cbn::Pass)0>", FORWARD, 100.0),
     ("cbn::map_kernel<cbn::Config<float, 4, false>, (cbn::Pass)1>", FORWARD, 125.0),
@@ -83,8 +145,8 @@ def kernel_rows(**changes) -> list[KernelRow]:
 def test_passes_are_told_by_kernel_and_direction():
     case = ("64x256x56x56", "float32", "contiguous")
     mega = 64 * 256 * 56 * 56 * 4 / 1e6  # MB of x, and µs that it takes at 1 TB/s
-    rows = kernel_rows() + kernel_rows(provider=STREAMING) + kernel_rows(M=8)
-    assert pass_percents(rows, OURS, COPY) == {
+    rows = kernel_rows() + kernel_rows(provider=OURS_RELU) + kernel_rows(M=8)
+    assert pass_percents(rows, COPY) == {
         ("statistics", *case): pytest.approx(mega / 100 / 4 * 100),
         ("normalise", *case): pytest.approx(2 * mega / 125 / 4 * 100),
         ("backward reduction", *case): pytest.approx(2 * mega / 100 / 4 * 100),
@@ -139,16 +201,6 @@ def test_targets_are_the_issues():
     }
 
 
-def test_the_fastest_path_is_named():
-    rows = []
-    for direction, streaming in ((FORWARD, 20.0), (BACKWARD, 10.0), (BOTH, 30.0)):
-        rows += rows_of({OURS: 15.0, STREAMING: streaming}, direction=direction)
-    (section,) = cuda_tables.path_table(rows).sections
-    assert section == [
-        ["64x256x56x56 float32 contiguous", "15.0", "20.0", "", OURS, "15.0", "10.0", "", STREAMING],
-    ]
-
-
 def test_report_has_all_tables_failures_and_what_was_left_out(tmp_path):
     times = []
     for layout in ("contiguous", "channels_last"):
@@ -159,7 +211,7 @@ def test_report_has_all_tables_failures_and_what_was_left_out(tmp_path):
         memory=[MemoryRow(OURS, "64x256x56x56", "float32", "contiguous", 4, "mixed", 9, 2 * 64 * 256 * 56 * 56, None)],
         kernels=kernel_rows(),
         failures=[Failure("reference", "somewhere", "OutOfMemoryError: too big", False)],
-        left_out=["1x1x1x1 float16 contiguous: all"],
+        left_out={"float16": ["1x1x1x1", "2x2x2x2"]},
         seconds=12.3,
     )
     report = cuda_report.make_report(ENVIRONMENT, found)
@@ -171,7 +223,7 @@ def test_report_has_all_tables_failures_and_what_was_left_out(tmp_path):
     for line in (
         "A copy on the device moves 4,000 GB/s. Measured in 12 s.",
         "- FAILED: reference, somewhere: OutOfMemoryError: too big",
-        "- Left out, the time was over (1): 1x1x1x1 float16 contiguous: all",
+        "- Left out of float16, the time was over (2): 1x1x1x1; 2x2x2x2",
         "| forward+backward, cbn_ext / BatchNorm2d, float32 | 1.50 | ≤ 1 | missed |",
         "| cbn_ext | 4 | 0.500 | 0.500 | 1 |",
         "| 64x256x56x56 float32 contiguous | cbn_ext | 4 | forward | 15.0 | 19.0 | `k` |",
@@ -182,8 +234,37 @@ def test_report_has_all_tables_failures_and_what_was_left_out(tmp_path):
     assert (row["l2"], row["driver"], row["copy_gb_per_s"], row["kernels"]) == ("cold", "555.1", "4000.0", "k")
 
 
+def test_the_summary_of_everything_has_60_lines_at_most(tmp_path):
+    found = Measured()
+    for comparison in cuda.comparisons():
+        case = comparison.case
+        times = product(("cold", "hot"), (*DIRECTIONS, EVALUATION))
+        if comparison.phase == "eager":
+            times = [("eager", BOTH)]
+        for (name, m), (l2, direction) in product(comparison.members, times):
+            labels = replace(case, components=m).labels
+            found.times.append(cuda_row(provider=name, **labels, l2=l2, direction=direction, phase=comparison.phase))
+            found.memory.append(MemoryRow(provider=name, **labels, in_out=1, beyond=1, resident=None))
+    found.kernels = kernel_rows()
+    found.kernels += [replace(row, kernel="cbn::resident_kernel<a>") for row in found.kernels]
+    name = report_name("cuda", ENVIRONMENT.device)
+    write_csvs(tmp_path, "cuda-an-older-gpu", cuda_report.csv_of(Measured(rows_of({OURS: 1.0}))), ENVIRONMENT)
+    os.utime(tmp_path / "cuda-an-older-gpu.csv", (0, 0))
+    write_csvs(tmp_path, name, cuda_report.csv_of(found), ENVIRONMENT)
+    lines = cuda_report.summary(tmp_path)
+    assert 45 <= len(lines) <= 60
+    text = "\n".join(lines)
+    assert "not measured" not in text
+    for what in (
+        "% of copy bandwidth, backward on chip",
+        "8x16x8x8    BatchNorm2d  1",
+        "Highest ratios to BatchNorm2d",
+    ):
+        assert what in text
+
+
 def test_a_report_of_nothing_is_written_too(tmp_path):
-    report = cuda_report.make_report(ENVIRONMENT, Measured(left_out=["all"]))
+    report = cuda_report.make_report(ENVIRONMENT, Measured(left_out={"plain": ["all"]}))
     report.write(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["cuda-some-gpu-9.md"]
     assert "not measured" in (tmp_path / "cuda-some-gpu-9.md").read_text()

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import cbn_ext
 from bench import providers
 from bench.providers import (
     ADD_RELU,
@@ -126,27 +127,38 @@ def test_results_of_some_channels_are_those_of_all():
         torch.testing.assert_close(one[:, channels], other, rtol=1e-12, atol=1e-12)
 
 
-def test_the_path_is_chosen_for_forward_and_backward_alone(monkeypatch):
+@pytest.fixture
+def environments(monkeypatch) -> list[tuple[str | None, ...]]:
+    """What the CUDA operators read of two variables, of which the first one is set before."""
+    names = ("CBN_CUDA_CLUSTER", "CBN_CUDA_BLOCKS")
     seen = []
+    read = lambda: seen.append(tuple(os.environ.get(name) for name in names))  # noqa: E731
+    monkeypatch.setattr(cbn_ext.ops, "read_cuda_environment", read, raising=False)
+    monkeypatch.setenv(names[0], "2")
+    monkeypatch.delenv(names[1], raising=False)
+    return seen
 
-    class Watcher(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            seen.append(os.environ.get("CBN_CUDA_CLUSTER"))
-            return x.clone()
 
-        @staticmethod
-        def backward(ctx, grad):
-            seen.append(os.environ.get("CBN_CUDA_CLUSTER"))
-            return grad
+def test_settings_are_read_and_then_those_of_before(environments):
+    with providers.cuda_settings({"CLUSTER": 0, "BLOCKS": 8}):
+        assert environments == [("0", "8")]
+    assert environments == [("0", "8"), ("2", None)]
+    with pytest.raises(KeyError), providers.cuda_settings({"BLOCKS": 16}):
+        raise KeyError
+    assert environments[2:] == [("2", "16"), ("2", None)]
 
-    monkeypatch.delenv("CBN_CUDA_CLUSTER", raising=False)
-    workload = providers.set_up(providers.STREAMING, providers.make_problem(SMALL))
-    monkeypatch.setattr(workload.layer, "forward", lambda x: Watcher.apply(x) * workload.layer.weight.sum())
-    workload.layer.bias = workload.layer.weight
-    workload.backward(workload.forward())
-    assert seen == ["0", "0"]
-    assert "CBN_CUDA_CLUSTER" not in os.environ
+
+def test_without_settings_nothing_is_read(environments):
+    with providers.cuda_settings(PROVIDERS[OURS].settings):
+        pass
+    assert environments == []
+
+
+def test_settings_are_those_of_both_paths():
+    settings = {name: provider.settings for name, provider in PROVIDERS.items() if provider.settings}
+    assert settings["cbn_ext cluster=0 blocks=16 ahead=7"] == {"CLUSTER": 0, "BLOCKS": 16, "AHEAD": 7}
+    assert settings["cbn_ext cluster=8 threads=256"] == {"CLUSTER": 8, "THREADS": 256}
+    assert len({tuple(each.items()) for each in settings.values()}) == len(settings) == 3 * 2 + 2 * 2
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,6 @@ class Run:
 
     def __init__(self, name: str, device: Device, planned: list[Step], start: float) -> None:
         self.name, self.device, self.steps, self.start = name, device, planned, start
-        self.began = time.time()
         self.logs = LOGS / name
         self.outcomes: dict[str, Outcome] = {}
         self.saved = start
@@ -96,6 +95,7 @@ class Run:
         """0 if all went well."""
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir(parents=True)
+        self.began = self.logs.stat().st_mtime
         for step in self.steps:
             if interrupted.is_set():
                 break
@@ -107,9 +107,9 @@ class Run:
                 break
         # The results may be broken where the benchmark was; then all else has been said.
         say("", *self.summary())
-        benchmark = self.benchmark_summary()
-        say(*benchmark)
-        self.save([*self.summary(), *benchmark])
+        if benchmark := self.benchmark_summary():
+            say(*benchmark)
+            self.save([*self.summary(), *benchmark])
         return int(not all(step.name in self.outcomes and self.outcomes[step.name].ok for step in self.steps))
 
     def run(self, step: Step) -> Outcome:

@@ -12,8 +12,8 @@ BENCHMARK_LINES = 60  # of these
 FAILURES = 20  # of one step, where there is room
 WIDTH = 160
 
-#: Of a log longer than twice this, only the first and the last bytes are read or archived. The logs of a run, about
-#: ten, then make less than 16 MiB.
+#: Of a log longer than twice this, only the first and the last bytes are read and archived: a run's logs, which are
+#: text, then make an archive of less than 16 MiB.
 END = 1 << 20
 
 _PYTEST_FAILURE = re.compile(r"(?:FAILED|ERROR) (?:python_tests/gpu/)?(\S+\.py\b.*)")

@@ -64,13 +64,12 @@ def _prepare(device: Device) -> list[Step]:
 
 
 def _first(_: Device) -> list[Step]:
-    # Workers share the CPU's cores, and torch would start a thread on each core in each of them.
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     return [
-        _tests("small", 60, "test_small.py"),
-        _tests("table", 120, "test_table.py", *workers, "-k", "not sizes_of_networks", OMP_NUM_THREADS="2"),
+        _tests("small", 45, "test_small.py"),
+        _tests("table", 110, "test_table.py", *workers, "-k", "not sizes_of_networks"),
         _tests("execution", 60, "test_execution.py", "-k", "not memory"),
-        _tests("operators", 60, *_other_files(), "-k", "not more_than_two"),
+        _tests("operators", 90, *_other_files(), *workers, "-k", "not more_than_two"),
         Step("bench", [sys.executable, "-m", "bench", "cuda", "--seconds", "{seconds}"]),
     ]
 
@@ -78,7 +77,7 @@ def _first(_: Device) -> list[Step]:
 def _rest(device: Device) -> list[Step]:
     # Each tensor in an allocation of its own, so that reading behind its end is seen.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    small = _tests("small", 60, "test_small.py").command
+    small = _tests("small", 45, "test_small.py").command
     planted = [sys.executable, "-m", "python_tests.gpu.planted_error"]
     profiled = [
         *[find_tool("ncu", device), "--csv", "--page", "raw", "--clock-control", "none", "--launch-count", "200"],
@@ -117,11 +116,11 @@ def _sweep(_: Device) -> list[Step]:
     ]
 
 
-def _tests(name: str, seconds: float, *selection: str, **environment: str) -> Step:
+def _tests(name: str, seconds: float, *selection: str) -> Step:
     """A step of pytest; names of files in `selection` are those in TESTS."""
     selection = tuple(f"{TESTS}/{part}" if part.endswith(".py") else part for part in selection)
     command = [sys.executable, "-m", "pytest", "--tb=short", *selection]
-    return Step(name, command, seconds, environment, proof=r"\d+ passed.*? in [\d.]+s")
+    return Step(name, command, seconds, proof=r"\d+ passed.*? in [\d.]+s")
 
 
 def _other_files() -> list[str]:

@@ -46,10 +46,10 @@ BUILT := build/.built-$(shell $(PYTHON) -c 'import sys; print(sys.implementation
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench gpu lint
+.PHONY: help train test bench gpu gpu-rest gpu-sweep lint
 
 help:  ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST)
 
 train: $(BUILT)  ## train a compound network on long-tailed digits and report its accuracy
 	$(RUN) -m train
@@ -60,9 +60,17 @@ test: $(BUILT)  ## run the tests
 bench: $(BUILT)  ## measure speed and memory against nn.BatchNorm2d and the reference
 	$(RUN) -m bench
 
-gpu: | $(INSTALLED)  ## on a machine with a GPU: build, test, sanitize and measure the CUDA operators
+gpu: | $(INSTALLED)  ## on a machine with a GPU: build, run the short tests, measure the CUDA operators
 	$(call CHECK_PYTHON,$(RUN))
-	$(RUN) -m python_tests.gpu
+	$(RUN) -m python_tests.gpu first
+
+gpu-rest: | $(INSTALLED)  ## there: run the long tests, compute-sanitizer and the profiler
+	$(call CHECK_PYTHON,$(RUN))
+	$(RUN) -m python_tests.gpu rest
+
+gpu-sweep: | $(INSTALLED)  ## there: compare constants of the launch planning, measure whole networks
+	$(call CHECK_PYTHON,$(RUN))
+	$(RUN) -m python_tests.gpu sweep
 
 lint: $(LINTERS)  ## check the style of Python and C++
 	$(BIN)ruff check .

@@ -1,16 +1,12 @@
-"""The Makefile, against a Python that only writes down what it was asked to do; and `make gpu` without a GPU."""
+"""The Makefile, against a Python that only writes down what it was asked to do."""
 
 import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from python_tests.gpu import __main__ as gpu
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,7 +68,9 @@ def test_first_call_installs_builds_and_runs_the_second_only_runs(checkout):
     assert make(checkout, "test") == ["-m pytest"]
     assert make(checkout, "train") == ["-m train"]
     assert make(checkout, "bench") == ["-m bench"]
-    assert make(checkout, "gpu") == ["-m python_tests.gpu"]  # which builds for itself
+    assert make(checkout, "gpu") == ["-m python_tests.gpu first"]  # which builds for itself
+    assert make(checkout, "gpu-rest") == ["-m python_tests.gpu rest"]
+    assert make(checkout, "gpu-sweep") == ["-m python_tests.gpu sweep"]
 
 
 def test_changed_source_is_built_and_changed_pins_are_installed(checkout):
@@ -86,7 +84,7 @@ def test_changed_source_is_built_and_changed_pins_are_installed(checkout):
 def test_ambient_python_is_only_built_for(checkout):
     assert make(checkout, "test", "VENV=") == [BUILD, "-m pytest"]
     assert make(checkout, "test", "VENV=") == ["-m pytest"]
-    assert make(checkout, "gpu", "VENV=") == ["-m python_tests.gpu"]
+    assert make(checkout, "gpu", "VENV=") == ["-m python_tests.gpu first"]
     assert not (checkout / ".venv").exists()
 
 
@@ -105,60 +103,6 @@ def test_missing_python_is_named(checkout):
 
 def test_help_lists_every_target():
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert re.findall(r"^make (\w+)\t\S", listed, re.MULTILINE) == ["help", "train", "test", "bench", "gpu", "lint"]
-
-
-@pytest.fixture
-def gpu_steps(monkeypatch, tmp_path):
-    """A function that runs such (name, shell command) as the steps of `make gpu`, as if there was a GPU."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-
-    def main(*steps, seconds=1):
-        steps = [gpu.Step(name, ["sh", "-c", command], seconds) for name, command in steps]
-        monkeypatch.setattr(gpu, "steps", lambda: steps)
-        return gpu.main()
-
-    return main
-
-
-def test_gpu_steps_run_after_one_that_failed_and_the_end_tells(gpu_steps, capsys):
-    status = gpu_steps(("build", "echo built"), ("tests", "echo wrong; exit 3"), ("bench", "sleep 9"), ("sass", "true"))
-    assert status == 1
-    output = capsys.readouterr().out
-    assert "built" not in output and "\nwrong\n" in output
-    summary = output[output.index("--- make gpu") :].splitlines()[1:]
-    results = [re.fullmatch(r"(\w+) +\d+ s  (.*)", line).groups() for line in summary]
-    assert results == [
-        ("build", "ok"),
-        ("tests", "failed, exit status 3"),
-        ("bench", "stopped after 1 s"),
-        ("sass", "ok"),
+    assert re.findall(r"^make ([\w-]+)\t\S", listed, re.MULTILINE) == [
+        *["help", "train", "test", "bench", "gpu", "gpu-rest", "gpu-sweep", "lint"]
     ]
-    assert Path("build/gpu/build.log").read_text() == "built\n"
-
-
-def test_gpu_steps_all_well(gpu_steps):
-    # A step may know how long it has, with time to come to an end.
-    assert gpu_steps(("build", "true"), ("tests", "test {seconds} = 10"), seconds=30) == 0
-
-
-def test_gpu_steps_end_where_the_build_fails(gpu_steps, capsys):
-    assert gpu_steps(("build", "false"), ("tests", "true")) == 1
-    assert "tests" not in capsys.readouterr().out
-
-
-def test_gpu_tests_are_there_and_fail_without_a_gpu():
-    """Not skipped: a run on a machine whose GPU is not seen must not look like success."""
-    pytest_command = [sys.executable, "-m", "pytest", "-q", "python_tests/gpu"]
-    options = {"cwd": ROOT, "env": {**os.environ, "CUDA_VISIBLE_DEVICES": ""}, "capture_output": True, "text": True}
-    collected = subprocess.run([*pytest_command, "--collect-only"], **options, check=True).stdout
-    for path in (ROOT / "python_tests" / "gpu").glob("test_*.py"):
-        assert f"{path.name}::test_" in collected
-    run = subprocess.run(pytest_command, **options, check=False)
-    assert run.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "these tests need a CUDA GPU, and torch finds none" in run.stderr
-    make_gpu = subprocess.run([sys.executable, "-m", "python_tests.gpu"], **options, check=False)
-    assert make_gpu.returncode == 1
-    assert "torch finds no CUDA GPU" in make_gpu.stderr

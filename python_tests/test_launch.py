@@ -149,6 +149,21 @@ def test_sums_take_little_memory_at_the_sizes_of_networks(device, element_size, 
             assert plan.blocks >= LIMITS[device][0] / 2 or channels * points <= 2**21
 
 
+@pytest.mark.parametrize("planned", ["reduction", "map"])
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_a_block_alone_has_enough_under_way(planned, element_size):
+    """In channels_last coefficients fill the registers: one block of eight warps has a multiprocessor for itself.
+
+    At 4.3 TB/s and 700 ns, 132 multiprocessors need 23 KB each under way; statistics of 16-bit values half of it, for
+    they take longer to compute than to load.
+    """
+    for images, channels, height, width in NETWORK_SHAPES:
+        arguments, asked = extent(channels, images * height * width, True, element_size)
+        plan = PASSES[planned](asked, H200, USUAL)
+        under_way = (plan.slots - 1) * plan.threads * arguments["vector"] * element_size
+        assert plan.threads == 256 and under_way >= 23e3 * element_size / 4
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("blocks", [4, 16])
 def test_a_map_has_the_blocks_it_is_asked_for(blocks, channels_last):

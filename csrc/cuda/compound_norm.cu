@@ -84,7 +84,6 @@ struct Call {
   Kernels kernels{};
   Arguments arguments{};
   Extent extent{};
-  int index;  // of the device
   Device device;
   cudaStream_t stream;
 
@@ -92,9 +91,9 @@ struct Call {
        const OptionalTensor& bias_in)
       : channels_last(reads_channels_last(input)), wide(input.scalar_type() == ScalarType::Double) {
     x = laid_out(input, channels_last);
-    if (groups_in) groups = torch::stable::contiguous(*groups_in);
-    if (weight_in) weight = torch::stable::contiguous(*weight_in);
-    if (bias_in) bias = torch::stable::contiguous(*bias_in);
+    if (groups_in) groups = cbn::contiguous(*groups_in);
+    if (weight_in) weight = cbn::contiguous(*weight_in);
+    if (bias_in) bias = cbn::contiguous(*bias_in);
     const int m = static_cast<int>(components);
     switch (x.scalar_type()) {
       case ScalarType::Float:
@@ -109,9 +108,8 @@ struct Call {
       default:
         kernels = kernels_bfloat16(m, channels_last);
     }
-    index = x.get_device_index();
-    device = device_properties(index);
-    stream = current_stream(index);
+    device = device_properties();
+    stream = current_stream(x.get_device_index());
     Arguments& a = arguments;
     a.channels = x.size(1);
     const int64_t images = x.size(0), planes = images * a.channels;
@@ -176,7 +174,7 @@ struct Call {
   void run_both(Kernels::Kernel reduce, Kernels::Kernel map, Kernels::Kernel both) {
     const Tuning chosen = tuning();
     if (device.cluster > 1 && chosen.cluster > 1)
-      device.cluster = largest_cluster(reinterpret_cast<const void*>(both), kernels.most_threads, index);
+      device.cluster = largest_cluster(reinterpret_cast<const void*>(both), kernels.most_threads);
     if (const std::optional<Plan> plan = plan_resident(extent, device, chosen)) return launch_pass(both, *plan);
     Extent reduced = extent;
     if (kForward) reduced.tensors = 1;  // the residual is for the map
@@ -203,9 +201,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(const Tensor& x, const O
   const DeviceGuard guard(x.get_device_index());
   const int64_t components = mean.size(0), channels = mean.size(1);
   Call call(x, groups, components, weight, bias);
-  const Tensor used_mean = torch::stable::contiguous(mean), used_var = torch::stable::contiguous(var);
+  const Tensor used_mean = cbn::contiguous(mean), used_var = cbn::contiguous(var);
   OptionalTensor used_prior, added;
-  if (prior) used_prior = torch::stable::contiguous(*prior);
+  if (prior) used_prior = cbn::contiguous(*prior);
   if (residual) added = laid_out(*residual, call.channels_last);
   const Tensor y = torch::stable::empty_like(call.x);
   const Tensor running = empty(mean, {3, components, channels}, mean.scalar_type());
@@ -249,10 +247,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cuda(const Tensor& grad, con
   const DeviceGuard guard(x.get_device_index());
   const int64_t components = running.size(1), channels = running.size(2);
   Call call(x, groups, components, weight, bias);
-  const Tensor g = laid_out(grad, call.channels_last), used_running = torch::stable::contiguous(running);
-  const Tensor used_batch = torch::stable::contiguous(batch);
+  const Tensor g = laid_out(grad, call.channels_last), used_running = cbn::contiguous(running);
+  const Tensor used_batch = cbn::contiguous(batch);
   OptionalTensor bits;
-  if (mask) bits = torch::stable::contiguous(*mask);
+  if (mask) bits = cbn::contiguous(*mask);
   const Tensor grad_x = torch::stable::empty_like(call.x);
   const Tensor grad_residual = mask ? torch::stable::empty_like(grad_x) : empty(x, {0}, x.scalar_type());
   const Tensor grad_weight = empty(running, {components, channels}, running.scalar_type());
@@ -288,7 +286,7 @@ void update_running_cuda(OptionalTensor prior, Tensor mean, Tensor var, const Te
   if (points == 0 || mean.numel() == 0) return;
   check_update_running(prior, mean, var, batch);
   const DeviceGuard guard(mean.get_device_index());
-  const Tensor used_batch = torch::stable::contiguous(batch);
+  const Tensor used_batch = cbn::contiguous(batch);
   const auto update = [&](auto zero) {
     using S = decltype(zero);
     const auto running = [](const OptionalTensor& t) {

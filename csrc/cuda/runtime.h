@@ -54,7 +54,15 @@ auto once_for(const Key& key, Find find) {
 
 static __global__ void compiled_version() {}
 
-inline Device device_properties(int index) {
+inline int current_device() {
+  int index = 0;
+  check(cudaGetDevice(&index));
+  return index;
+}
+
+// What the current device allows.
+inline Device device_properties() {
+  const int index = current_device();
   return once_for(index, [&] {
     Device device{};
     int clusters = 0;
@@ -86,9 +94,9 @@ inline cudaLaunchConfig_t configuration(const Launch& shape, cudaStream_t stream
 
 // Lets blocks of a kernel have all of the current device's shared memory. Once: a limit that followed the launches
 // could be lowered by another thread between two calls, and under a captured graph.
-inline void allow_all_shared_memory(const void* kernel, int index) {
-  once_for(std::pair(index, kernel), [&] {
-    const int most = device_properties(index).shared_memory;
+inline void allow_all_shared_memory(const void* kernel) {
+  once_for(std::pair(current_device(), kernel), [&] {
+    const int most = device_properties().shared_memory;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
     return most;
   });
@@ -96,10 +104,10 @@ inline void allow_all_shared_memory(const void* kernel, int index) {
 
 // The largest cluster of blocks with so many threads and all of the shared memory that the current device can run: a
 // part of a GPU may have too few multiprocessors side by side.
-inline int largest_cluster(const void* kernel, int threads, int index) {
-  return once_for(std::pair(index, kernel), [&] {
-    const Device device = device_properties(index);
-    allow_all_shared_memory(kernel, index);
+inline int largest_cluster(const void* kernel, int threads) {
+  return once_for(std::pair(current_device(), kernel), [&] {
+    const Device device = device_properties();
+    allow_all_shared_memory(kernel);
     for (int cluster = device.cluster; cluster > 1; cluster /= 2) {
       const Launch shape{cluster, threads, cluster, static_cast<unsigned>(device.shared_memory)};
       cudaLaunchAttribute attribute{};
@@ -116,11 +124,7 @@ inline int largest_cluster(const void* kernel, int threads, int index) {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Launch& shape, cudaStream_t stream, Arguments... arguments) {
   constexpr unsigned kUsualShared = 48 << 10;  // that a block may have without asking
-  if (shape.shared > kUsualShared) {
-    int index = 0;
-    check(cudaGetDevice(&index));
-    allow_all_shared_memory(reinterpret_cast<const void*>(kernel), index);
-  }
+  if (shape.shared > kUsualShared) allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
   cudaLaunchAttribute cluster{};
   const cudaLaunchConfig_t config = configuration(shape, stream, cluster);
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));

@@ -181,7 +181,7 @@ MUTATIONS = [
         "const int64_t bytes = slots * plan.threads",
         "const int64_t bytes = (slots - 1) * plan.threads",
         "streaming",
-        OUT_OF_BOUNDS,
+        OUT_OF_BOUNDS + "|for an address in the block's shared memory",
     ),
 ]
 

@@ -172,18 +172,23 @@ def expected(case: Case, device: str = "cpu") -> Results:
 
 def run(case: Case, backend: str, device: str = "cpu") -> Results:
     """The results of the public functions, computed on `device`."""
-    x, grad, residual, groups, *running, weight, bias = leaves(case.arguments(device))
-    fused = {"residual": residual, "activation": case.activation}
     with use_backend(backend):
-        if groups is not None:
-            y = split_batch_norm(x, groups, *running[1:], weight, bias, MOMENTUM, EPS, **fused)
-        else:
-            responsibility = "joint" if case.mode == "joint" else "channel"
-            options = (case.training, MOMENTUM, EPS, responsibility, case.detach)
-            y = compound_batch_norm(x, *running, weight, bias, *options, **fused)
-        grads = gradients(y, (x, residual, weight, bias), grad)
-    results = (y.detach(), *grads, *(running if case.training else (None, None, None)))
+        results = results_of(case, leaves(case.arguments(device)))
     return Results(*(None if t is None else t.cpu() for t in results))
+
+
+def results_of(case: Case, arguments: Arguments) -> Results:
+    """The results of the public functions on the case's arguments, leaves, or on others like them."""
+    x, grad, residual, groups, *running, weight, bias = arguments
+    fused = {"residual": residual, "activation": case.activation}
+    if groups is not None:
+        y = split_batch_norm(x, groups, *running[1:], weight, bias, MOMENTUM, EPS, **fused)
+    else:
+        responsibility = "joint" if case.mode == "joint" else "channel"
+        options = (case.training, MOMENTUM, EPS, responsibility, case.detach)
+        y = compound_batch_norm(x, *running, weight, bias, *options, **fused)
+    grads = gradients(y, (x, residual, weight, bias), grad)
+    return Results(y.detach(), *grads, *(running if case.training else (None, None, None)))
 
 
 def forward_arguments(case: Case, device: str = "cpu") -> tuple:

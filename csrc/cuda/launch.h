@@ -17,8 +17,8 @@ constexpr int kWarp = 32;
 // take too much memory.
 constexpr int kMostPointsOfThread = 128;
 constexpr int kFewestElementsOfThread = 16;
-// Kinds of sums that a reduction has at most: mass, mean, variance.
-constexpr int kMostSums = 3;
+// Kinds of sums of the two reductions: mass, mean and variance; the gradients of weight and bias.
+constexpr int kMomentSums = 3, kGradientSums = 2;
 // The streaming path's sums take at most a fortieth of the input's memory, or so many bytes.
 constexpr int kInputOfSums = 40;
 constexpr int64_t kFewestBytesOfSums = 16 << 10;
@@ -226,8 +226,9 @@ inline void split_all(Plan& plan, const Extent& p, int64_t splits) {
   plan.splits = std::max<int64_t>(1, divide_up(p.points, plan.points_of_split));
 }
 
+// At most: the backward pass has fewer kinds.
 constexpr int64_t bytes_of_sums(const Extent& p, int64_t splits) {
-  return splits * kMostSums * p.components * p.channels * p.statistic_size;
+  return splits * kMomentSums * p.components * p.channels * p.statistic_size;
 }
 
 // The reduction of the streaming path. Each split leaves its sums in memory: where they allow few splits, blocks take

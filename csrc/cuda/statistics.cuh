@@ -6,8 +6,6 @@
 
 namespace cbn {
 
-constexpr int kMomentSums = 3, kGradientSums = 2;
-
 // The statistics that normalise: the batch's, or in evaluation the running ones, which are constants and need no mass.
 struct Used {
   double mass, mean, var;

@@ -36,7 +36,7 @@ def build(name: str, sources: Sequence[Path], csrc: Path = CSRC, objects: Sequen
         name: of the library and its folder below build/emulation.
         sources: .cu and .cpp files.
         csrc: the folder of their headers.
-        objects: compiled files that are linked too; the emulated device is compiled where they are not given.
+        objects: compiled files that are linked too; the emulation itself is compiled where they are not given.
 
     Returns:
         The library.
@@ -56,11 +56,11 @@ def build(name: str, sources: Sequence[Path], csrc: Path = CSRC, objects: Sequen
         f"  command = {COMPILER} -shared {SANITIZE} $in {LINK} -o $out",
     ]
     linked = [*objects]
-    device = HERE / "emulated_device.cpp"
-    for source in (*sources, *(() if objects else (device,))):
+    emulation = (HERE / "emulated_device.cpp", HERE / "emulated_runtime.cpp")
+    for source in (*sources, *(() if objects else emulation)):
         linked.append(folder / f"{source.name}.o")
         lines += [f"build {_escaped(linked[-1])}: compile {_escaped(source)}"]
-        lines += [f"  sanitize = {SANITIZE}"] if source != device else []
+        lines += [f"  sanitize = {SANITIZE}"] if source not in emulation else []
     library = folder / f"{name}.so"
     lines += [f"build {_escaped(library)}: link {' '.join(map(_escaped, linked))}", ""]
     (folder / "build.ninja").write_text("\n".join(lines))

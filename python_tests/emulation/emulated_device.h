@@ -10,6 +10,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <string>
 #include <type_traits>
 
 #define __global__
@@ -21,7 +23,12 @@
 
 namespace cbn {
 
+struct Launch;
+
 namespace emulation {
+
+// Runs the threads of a launch within the limits, in an order that is made of the seed; what failed, or nothing.
+std::string run(const Launch& launch, const std::function<void()>& thread, unsigned seed);
 
 struct Index {
   unsigned x;

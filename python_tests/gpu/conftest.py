@@ -1,9 +1,12 @@
 """For the tests that need a GPU, which `make gpu` runs. Without a GPU they fail: nothing here is skipped."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
-from cbn_ext import ops, use_backend
+from bench.providers import cuda_settings
+from cbn_ext import use_backend
 
 # The largest cluster that the launch planning may take: only the streaming kernels, one resident block, several.
 PATHS = {"streaming": 0, "block": 1, "cluster": 8}
@@ -28,14 +31,8 @@ def _native():
 @pytest.fixture
 def limit_cluster():
     """A function that sets CBN_CUDA_CLUSTER, for this test."""
-    with pytest.MonkeyPatch.context() as environment:
-
-        def limit(blocks: int) -> None:
-            environment.setenv("CBN_CUDA_CLUSTER", str(blocks))
-            ops.read_cuda_environment()
-
-        yield limit
-    ops.read_cuda_environment()
+    with ExitStack() as settings:
+        yield lambda blocks: settings.enter_context(cuda_settings({"CLUSTER": blocks}))
 
 
 @pytest.fixture(params=PATHS)

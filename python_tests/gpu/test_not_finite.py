@@ -5,9 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import EPS, MOMENTUM, Case, Results, gradients, leaves
-
-from cbn_ext import compound_batch_norm
+from cases import Case, leaves, results_of
 
 CHANNEL = 9  # in channels_last in the middle of a vector
 # The first point of a channel is one of those that the sums' origin is chosen from.
@@ -17,12 +15,10 @@ BAD = [math.nan, math.inf, -math.inf]
 
 def results(case, position=(), bad=None):
     """The results of a case, with one element of x replaced."""
-    x, grad, residual, _, *running, weight, bias = leaves(case.arguments("cuda"))
+    arguments = leaves(case.arguments("cuda"))
     if position:
-        x.detach()[position] = bad
-    options = {"residual": residual, "activation": case.activation}
-    y = compound_batch_norm(x, *running, weight, bias, case.training, MOMENTUM, EPS, **options)
-    return Results(y.detach(), *gradients(y, (x, residual, weight, bias), grad), *running)
+        arguments.x.detach()[position] = bad
+    return results_of(case, arguments)
 
 
 def assert_other_channels_equal(actual, expected):

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cases import Case, backward_arguments, forward_arguments
+from test_execution import assert_same_bits
 
 OPS = torch.ops.cbn_ext
 STEP = 16 << 10
@@ -31,11 +32,6 @@ def both_passes(case):
     """A function that calls the operators on the case's data and gives all their results."""
     forward, backward = forward_arguments(case, "cuda"), backward_arguments(case, "cuda")
     return lambda: (*OPS.forward(*forward), *OPS.backward(*backward))
-
-
-def assert_same_bits(actual, expected):
-    for a, e in zip(actual, expected, strict=True):
-        assert torch.equal(a, e)
 
 
 def test_two_threads_with_different_shapes(limit_cluster):

@@ -455,7 +455,7 @@ def test_a_sweep(gpu, monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(FakeTimer, "capture", capture_and_look)
     read = []
-    monkeypatch.setattr(cbn_ext.ops, "read_cuda_environment", lambda: read.append(dict(os.environ)), raising=False)
+    monkeypatch.setattr(cbn_ext.ops, "read_cuda_environment", lambda: read.append(dict(os.environ)))
     members = ((OURS, 4), (BATCHNORM, 1), (streaming, 4), (resident, 4))
     times = {OURS: 10.0, BATCHNORM: 20.0, streaming: 8.0, resident: 16.0}
     gpu(times, *(Comparison(replace(SMALL, layout=layout), members, "sweep") for layout in cuda.LAYOUTS))

@@ -133,7 +133,7 @@ def environments(monkeypatch) -> list[tuple[str | None, ...]]:
     names = ("CBN_CUDA_CLUSTER", "CBN_CUDA_BLOCKS")
     seen = []
     read = lambda: seen.append(tuple(os.environ.get(name) for name in names))  # noqa: E731
-    monkeypatch.setattr(cbn_ext.ops, "read_cuda_environment", read, raising=False)
+    monkeypatch.setattr(cbn_ext.ops, "read_cuda_environment", read)
     monkeypatch.setenv(names[0], "2")
     monkeypatch.delenv(names[1], raising=False)
     return seen

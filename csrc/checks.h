@@ -12,6 +12,7 @@
 #include <string>
 
 #include "mixture.h"
+#include "problem.h"
 
 namespace cbn {
 
@@ -33,108 +34,98 @@ inline ScalarType statistics_type(ScalarType input) {
   return input == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_input(const Tensor& x) {
+// Bytes of a mask of one bit per element, whole words of 32 bits.
+inline int64_t mask_bytes(const Tensor& x) { return (x.numel() + 31) / 32 * 4; }
+
+// A tensor, if there is one, beside another one, x or the mean.
+inline void check_tensor(const OptionalTensor& t, const char* name, Shape shape, ScalarType type,
+                         const Tensor& beside) {
+  if (!t) return;
+  STD_TORCH_CHECK(t->sizes().equals(shape), "expected ", name, " of shape ", to_text(shape), ", got ",
+                  to_text(t->sizes()));
+  STD_TORCH_CHECK(t->scalar_type() == type, "expected ", name, " of ", type, " beside a tensor of ",
+                  beside.scalar_type(), ", got ", t->scalar_type());
+  STD_TORCH_CHECK(t->device() == beside.device(), "expected ", name, " on the device of the other tensors");
+}
+
+// What every operator requires of x, (N, C, ...), and of who weighs `components`.
+inline void check_input(const Tensor& x, int64_t mode, const OptionalTensor& groups, int64_t components) {
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
                       type == ScalarType::BFloat16,
                   "expected x of float32, float64, float16 or bfloat16, got ", type);
   STD_TORCH_CHECK(x.dim() >= 2, "expected x (N, C, ...), got shape ", to_text(x.sizes()));
+  STD_TORCH_CHECK(components >= 1 && components <= kMaxComponents, "expected statistics of M components, M from 1 to ",
+                  kMaxComponents, ", got ", components);
+  STD_TORCH_CHECK(mode == static_cast<int64_t>(Mode::kChannel) || mode == static_cast<int64_t>(Mode::kGroups),
+                  "expected mode 0 (channel) or 1 (groups), got ", mode);
+  STD_TORCH_CHECK(groups.has_value() == (mode == static_cast<int64_t>(Mode::kGroups)),
+                  "expected groups in mode 1 (groups) and in no other, got ", groups ? "groups" : "none", " in mode ",
+                  mode);
+  check_tensor(groups, "groups", {x.size(0)}, ScalarType::Long, x);
 }
 
-// (M, C), contiguous, on x's device and of the dtype of its statistics.
-inline void check_statistic(const Tensor& t, const char* name, const Tensor& x, int64_t components) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == components && t.size(1) == x.size(1), "expected ", name, " of shape (",
-                  components, ", ", x.size(1), "), got ", to_text(t.sizes()));
-  STD_TORCH_CHECK(t.scalar_type() == statistics_type(x.scalar_type()), "expected ", name, " of ",
-                  statistics_type(x.scalar_type()), " for x of ", x.scalar_type(), ", got ", t.scalar_type());
-  STD_TORCH_CHECK(t.device() == x.device(), "expected ", name, " on the device of x");
-}
-
-inline void check_groups(const Tensor& groups, const Tensor& x) {
-  STD_TORCH_CHECK(groups.dim() == 1 && groups.size(0) == x.size(0), "expected groups of shape (", x.size(0), "), got ",
-                  to_text(groups.sizes()));
-  STD_TORCH_CHECK(groups.scalar_type() == ScalarType::Long, "expected groups of int64, got ", groups.scalar_type());
-  STD_TORCH_CHECK(groups.device() == x.device(), "expected groups on the device of x");
-}
-
-// The gradient, the residual: of x's shape and dtype, on its device.
-inline void check_like(const Tensor& t, const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(t.sizes().equals(x.sizes()), "expected ", name, " of shape ", to_text(x.sizes()), ", got ",
-                  to_text(t.sizes()));
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "expected ", name, " of ", x.scalar_type(), ", got ",
-                  t.scalar_type());
-  STD_TORCH_CHECK(t.device() == x.device(), "expected ", name, " on the device of x");
-}
-
-// (3, M, C), as forward gave it.
-inline void check_stacked(const Tensor& t, const char* name, const Tensor& x, int64_t components) {
-  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == 3 && t.size(1) == components && t.size(2) == x.size(1), "expected ",
-                  name, " of shape (3, ", components, ", ", x.size(1), "), got ", to_text(t.sizes()));
-  STD_TORCH_CHECK(t.scalar_type() == statistics_type(x.scalar_type()), "expected ", name, " of ",
-                  statistics_type(x.scalar_type()), " for x of ", x.scalar_type(), ", got ", t.scalar_type());
-  STD_TORCH_CHECK(t.device() == x.device(), "expected ", name, " on the device of x");
-}
-
-// Bytes of a mask of one bit per element, whole words of 32 bits.
-inline int64_t mask_bytes(const Tensor& x) { return (x.numel() + 31) / 32 * 4; }
-
-// What forward requires of its arguments.
+// What the forward passes require; statistics and parameters are (M, C).
 inline void check_forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& groups,
                           const OptionalTensor& prior, const Tensor& mean, const Tensor& var,
-                          const OptionalTensor& weight, const OptionalTensor& bias) {
-  check_input(x);
-  STD_TORCH_CHECK(mean.dim() == 2 && mean.size(0) >= 1 && mean.size(0) <= kMaxComponents,
-                  "expected mean of shape (M, C), M from 1 to ", kMaxComponents, ", got ", to_text(mean.sizes()));
+                          const OptionalTensor& batch, const OptionalTensor& weight, const OptionalTensor& bias,
+                          int64_t mode) {
+  STD_TORCH_CHECK(mean.dim() == 2, "expected mean of shape (M, C), got ", to_text(mean.sizes()));
   const int64_t components = mean.size(0);
-  check_statistic(mean, "mean", x, components);
-  check_statistic(var, "var", x, components);
-  if (weight) check_statistic(*weight, "weight", x, components);
-  if (bias) check_statistic(*bias, "bias", x, components);
-  if (residual) check_like(*residual, "residual", x);
-  if (groups) check_groups(*groups, x);
+  check_input(x, mode, groups, components);
+  const ScalarType type = statistics_type(x.scalar_type());
+  const int64_t channels = x.size(1);
+  check_tensor(residual, "residual", x.sizes(), x.scalar_type(), x);
+  check_tensor(prior, "prior", {components, channels}, type, x);
+  check_tensor(mean, "mean", {components, channels}, type, x);
+  check_tensor(var, "var", {components, channels}, type, x);
+  check_tensor(batch, "batch", {3, components, channels}, type, x);
+  check_tensor(weight, "weight", {components, channels}, type, x);
+  check_tensor(bias, "bias", {components, channels}, type, x);
   STD_TORCH_CHECK(groups || prior || components == 1, "expected prior or groups for ", components,
                   " components, got neither");
-  if (prior) check_statistic(*prior, "prior", x, components);
 }
 
-// What backward requires of its arguments.
+// What the backward passes require; `batch` where statistics of the batch normalised.
 inline void check_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& mask,
-                           const OptionalTensor& groups, const Tensor& running, const Tensor& batch,
-                           const OptionalTensor& weight, const OptionalTensor& bias, bool training, bool relu) {
-  check_input(x);
-  check_like(grad, "grad", x);
-  STD_TORCH_CHECK(running.dim() == 3 && running.size(1) >= 1 && running.size(1) <= kMaxComponents,
-                  "expected running of shape (3, M, C), M from 1 to ", kMaxComponents, ", got ",
-                  to_text(running.sizes()));
+                           const OptionalTensor& groups, const Tensor& running, const OptionalTensor& batch,
+                           const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& grad_weight,
+                           const OptionalTensor& grad_bias, int64_t mode, bool relu) {
+  STD_TORCH_CHECK(running.dim() == 3, "expected running of shape (3, M, C), got ", to_text(running.sizes()));
   const int64_t components = running.size(1);
-  check_stacked(running, "running", x, components);
-  if (training) check_stacked(batch, "batch", x, components);
-  if (weight) check_statistic(*weight, "weight", x, components);
-  if (bias) check_statistic(*bias, "bias", x, components);
-  if (groups) check_groups(*groups, x);
-  if (!mask) return;
-  STD_TORCH_CHECK(relu, "expected no mask without relu, got one of shape ", to_text(mask->sizes()));
-  STD_TORCH_CHECK(mask->dim() == 1 && mask->size(0) == mask_bytes(x) && mask->scalar_type() == ScalarType::Byte,
-                  "expected mask of ", mask_bytes(x), " bytes, as forward gave it, got shape ", to_text(mask->sizes()),
-                  " of ", mask->scalar_type());
-  STD_TORCH_CHECK(mask->device() == x.device(), "expected mask on the device of x");
+  check_input(x, mode, groups, components);
+  const ScalarType type = statistics_type(x.scalar_type());
+  const int64_t channels = x.size(1);
+  check_tensor(grad, "grad", x.sizes(), x.scalar_type(), x);
+  check_tensor(running, "running", {3, components, channels}, type, x);
+  check_tensor(batch, "batch", {3, components, channels}, type, x);
+  check_tensor(weight, "weight", {components, channels}, type, x);
+  check_tensor(bias, "bias", {components, channels}, type, x);
+  check_tensor(grad_weight, "grad_weight", {components, channels}, type, x);
+  check_tensor(grad_bias, "grad_bias", {components, channels}, type, x);
+  STD_TORCH_CHECK(!mask || relu, "expected no mask without relu, got one of shape ", to_text(mask->sizes()));
+  check_tensor(mask, "mask, as forward gave it,", {mask_bytes(x)}, ScalarType::Byte, x);
 }
 
-// What update_running requires of its arguments.
+// What update_running requires.
 inline void check_update_running(const OptionalTensor& prior, const Tensor& mean, const Tensor& var,
                                  const Tensor& batch) {
   const ScalarType type = mean.scalar_type();
   STD_TORCH_CHECK(mean.dim() == 2, "expected mean of shape (M, C), got ", to_text(mean.sizes()));
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
                   "expected running statistics of float32 or float64, got ", type);
-  const auto check = [&](const Tensor& t, const char* name, Shape shape) {
-    STD_TORCH_CHECK(t.sizes().equals(shape) && t.scalar_type() == type, "expected ", name, " of shape ", to_text(shape),
-                    " and ", type, ", got ", to_text(t.sizes()), " and ", t.scalar_type());
-    STD_TORCH_CHECK(t.device() == mean.device(), "expected ", name, " on the device of mean");
-  };
-  check(var, "var", mean.sizes());
-  if (prior) check(*prior, "prior", mean.sizes());
-  check(batch, "batch", {3, mean.size(0), mean.size(1)});
+  check_tensor(var, "var", mean.sizes(), type, mean);
+  check_tensor(prior, "prior", mean.sizes(), type, mean);
+  check_tensor(batch, "batch", {3, mean.size(0), mean.size(1)}, type, mean);
+}
+
+// What merge_moments requires.
+inline void check_parts(const Tensor& parts) {
+  const ScalarType type = parts.scalar_type();
+  STD_TORCH_CHECK(parts.dim() == 4 && parts.size(0) >= 1 && parts.size(1) == 3,
+                  "expected parts of shape (R, 3, M, C), R at least 1, got ", to_text(parts.sizes()));
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "expected parts of float32 or float64, got ",
+                  type);
 }
 
 }  // namespace cbn

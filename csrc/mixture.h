@@ -9,17 +9,20 @@
 #include <cmath>
 #include <cstdint>
 
+// CBN_INLINE is for functions, CBN_METHOD for members. Functions have internal linkage on the host, which compiles them
+// for several instruction sets that must not be merged at link time.
 #if defined(__CUDACC__)
 #define CBN_INLINE __host__ __device__ __forceinline__
-#define CBN_UNROLL _Pragma("unroll")
-#elif defined(__clang__)
-#define CBN_INLINE static inline __attribute__((always_inline))
+#define CBN_METHOD __host__ __device__ __forceinline__
 #define CBN_UNROLL _Pragma("unroll")
 #else
-// Internal linkage: the host compiles these for several instruction sets, which must not be merged at link
-// time.
 #define CBN_INLINE static inline __attribute__((always_inline))
+#define CBN_METHOD inline __attribute__((always_inline))
+#if defined(__clang__)
+#define CBN_UNROLL _Pragma("unroll")
+#else
 #define CBN_UNROLL _Pragma("GCC unroll 16")
+#endif
 #endif
 
 namespace cbn {
@@ -53,21 +56,18 @@ struct Math;
 // log-densities is kept and the maximum subtracted.
 // ---------------------------------------------------------------------------------------------------------------------
 
+// Structs of coefficients and of sums are rows of M: row(i) is the i-th.
 template <class T, int M>
 struct LogOdds {
+  static constexpr int kRows = 3;
   T curvature[M];
   T centre[M];  // relative to the origin of z
   T height[M];
+  CBN_METHOD T* row(int i) {
+    T* const rows[] = {curvature, centre, height};
+    return rows[i];
+  }
 };
-
-// The first largest of values[m], m < components: by variance the widest component; by mass the one whose mean is the
-// origin once there are batch statistics, because it lies among the points.
-CBN_INLINE int largest_component(const double* values, int components) {
-  int largest = 0;
-  for (int m = 1; m < components; ++m)
-    if (values[m] > values[largest]) largest = m;
-  return largest;
-}
 
 // Where component m is stored when the widest one comes first; its own inverse.
 CBN_INLINE int stored_at(int m, int widest) { return m == 0 ? widest : m == widest ? 0 : m; }
@@ -86,59 +86,25 @@ CBN_INLINE LogDensity log_density(double prior, double mean, double var, double 
 }
 
 // One component's `curvature (z - centre)^2 + height` for points z = x - origin.
-struct Parabola {
-  double curvature;
-  double centre;
-  double height;
-};
+using Parabola = LogOdds<double, 1>;
 
 CBN_INLINE Parabola parabola(const LogDensity& component, double origin) {
   return {-component.precision, component.mean - origin, component.peak};
 }
 
-// Of a component's odds against the widest one; says whether they are bounded.
+// A component's odds against the widest one; returns whether they are bounded.
 CBN_INLINE bool odds_parabola(const LogDensity& component, const LogDensity& widest, double origin, Parabola& odds) {
   const double u = component.mean - widest.mean, excess = component.precision - widest.precision;
   const bool curved = excess > 0;
-  odds.curvature = -excess;
-  odds.centre = curved ? widest.mean - origin + component.precision * u / excess : 0;
-  odds.height = component.peak - widest.peak + (curved ? u * u * component.precision * widest.precision / excess : 0);
-  return (curved || u == 0) && odds.height <= kBoundedOdds;
+  odds = {-excess, curved ? widest.mean - origin + component.precision * u / excess : 0,
+          component.peak - widest.peak + (curved ? u * u * component.precision * widest.precision / excess : 0)};
+  return (curved || u == 0) && *odds.height <= kBoundedOdds;
 }
 
-// Fills `odds` for points z = x - origin from a channel's prior, mean and var, components in stored order,
-// and returns whether the odds are bounded. With `force_unbounded` the log-densities are stored although the
-// odds were bounded.
-template <int M>
-CBN_INLINE bool log_odds(LogOdds<double, M>& odds, const double* prior, const double* mean, const double* var,
-                         int components, double eps, double origin, bool force_unbounded) {
-  const auto store = [&odds](int m, const Parabola& from) {
-    odds.curvature[m] = from.curvature;
-    odds.centre[m] = from.centre;
-    odds.height[m] = from.height;
-  };
-  for (int m = 0; m < M; ++m) store(m, {0, 0, m == 0 ? 0 : kNoComponent});
-  if constexpr (M == 1) return true;
-  LogDensity density[M];
-  for (int m = 0; m < components; ++m) density[m] = log_density(prior[m], mean[m], var[m], eps);
-  bool bounded = !force_unbounded;
-  for (int m = 1; m < components && bounded; ++m) {
-    Parabola against_widest;
-    bounded = odds_parabola(density[m], density[0], origin, against_widest);
-    store(m, against_widest);
-  }
-  if (bounded) return true;
-  for (int m = 0; m < components; ++m) store(m, parabola(density[m], origin));
-  return false;
-}
-
-// Responsibilities up to the factor 1 / sum; returns the sum over components.
+// p_m = pi_m N_m / sum_k pi_k N_k (eq 8), as e_m times the factor returned.
 template <bool kBounded, class T, int M>
-CBN_INLINE T unnormalised_responsibilities(const LogOdds<T, M>& odds, T z, T (&e)[M]) {
-  if constexpr (M == 1) {
-    e[0] = Math<T>::splat(1);
-    return e[0];
-  }
+CBN_INLINE T responsibilities(const LogOdds<T, M>& odds, T z, T (&e)[M]) {
+  if constexpr (M == 1) return e[0] = Math<T>::splat(1);
   constexpr int kFirst = kBounded ? 1 : 0;
   CBN_UNROLL
   for (int m = kFirst; m < M; ++m) {
@@ -159,25 +125,7 @@ CBN_INLINE T unnormalised_responsibilities(const LogOdds<T, M>& odds, T z, T (&e
   T sum = e[0];
   CBN_UNROLL
   for (int m = 1; m < M; ++m) sum = sum + e[m];
-  return sum;
-}
-
-// p_m = pi_m N_m / sum_k pi_k N_k (eq 8)
-template <bool kBounded, class T, int M>
-CBN_INLINE void responsibilities(const LogOdds<T, M>& odds, T z, T (&p)[M]) {
-  const T sum = unnormalised_responsibilities<kBounded>(odds, z, p);
-  if constexpr (M > 1) {
-    const T inverse = Math<T>::reciprocal(sum);
-    CBN_UNROLL
-    for (int m = 0; m < M; ++m) p[m] = p[m] * inverse;
-  }
-}
-
-// Split mode (eqs 17-18): p_m is 1 for the group of the point's image.
-template <class T, int M>
-CBN_INLINE void assign(int group, T (&p)[M]) {
-  CBN_UNROLL
-  for (int m = 0; m < M; ++m) p[m] = m == group ? T(1) : T(0);
+  return Math<T>::reciprocal(sum);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -210,29 +158,48 @@ CBN_INLINE double median(double (&values)[kOriginSamples]) {
 
 template <class T, int M>
 struct Moments {
+  static constexpr int kRows = 3;
   T mass[M];    // sum p
   T first[M];   // sum p z
   T second[M];  // sum p z^2
+  CBN_METHOD T* row(int i) {
+    T* const rows[] = {mass, first, second};
+    return rows[i];
+  }
 };
 
-// p is given as e times `inverse`; 0 there leaves a point out.
+// p is given as e times `factor`; 0 there leaves a point out.
 template <class T, int M>
-CBN_INLINE void accumulate(Moments<T, M>& sums, const T (&e)[M], T inverse, T z) {
-  const T first = inverse * z, second = first * z;
+CBN_INLINE void accumulate(Moments<T, M>& sums, const T (&e)[M], T factor, T z) {
+  const T first = factor * z, second = first * z;
   CBN_UNROLL
   for (int m = 0; m < M; ++m) {
-    sums.mass[m] = sums.mass[m] + e[m] * inverse;
+    sums.mass[m] = sums.mass[m] + e[m] * factor;
     sums.first[m] = sums.first[m] + e[m] * first;
     sums.second[m] = sums.second[m] + e[m] * second;
   }
 }
 
-// mean = origin + first / mass, var = second / mass - (first / mass)^2; NaN passes.
-CBN_INLINE void mean_and_variance(double mass, double first, double second, double origin, double& mean, double& var) {
-  const double deviation = first / mass;
-  mean = origin + deviation;
-  var = second / mass - deviation * deviation;
-  if (var < 0) var = 0;
+// A component of a channel; the variance is the biased one.
+struct Statistics {
+  double mass, mean, var;
+};
+
+// mean = origin + first / mass, var = second / mass - (first / mass)^2; without mass the running ones. NaN passes.
+CBN_INLINE Statistics batch_statistics(double mass, double first, double second, double origin,
+                                       const Statistics& running) {
+  if (mass < kMassFloor) return {mass, running.mean, running.var};
+  const double deviation = first / mass, var = second / mass - deviation * deviation;
+  return {mass, origin + deviation, var < 0 ? 0 : var};
+}
+
+// Statistics of two parts of a batch to those of both (Chan, Golub, LeVeque 1979). A part without mass has the running
+// ones, which stay where neither has mass.
+CBN_INLINE Statistics merged(const Statistics& a, const Statistics& b) {
+  const double mass = a.mass + b.mass;
+  if (mass < kMassFloor) return {mass, a.mean, a.var};
+  const double share = b.mass / mass, distance = b.mean - a.mean;
+  return {mass, a.mean + share * distance, a.var + share * (b.var - a.var + (1 - share) * distance * distance)};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -242,8 +209,10 @@ CBN_INLINE void mean_and_variance(double mass, double first, double second, doub
 
 template <class T, int M>
 struct Branches {
+  static constexpr int kRows = 2;
   T scale[M];   // gamma r
   T offset[M];  // beta - (mu - origin) gamma r
+  CBN_METHOD T* row(int i) { return i == 0 ? scale : offset; }
 };
 
 CBN_INLINE double branch_scale(double weight, double var, double eps) { return weight / std::sqrt(var + eps); }
@@ -264,15 +233,6 @@ CBN_INLINE T combine(const Branches<T, M>& branches, const T (&p)[M], T z) {
   return scale * z + offset;
 }
 
-template <bool kBounded, class T, int M>
-CBN_INLINE T normalise(const LogOdds<T, M>& odds, const Branches<T, M>& branches, T z) {
-  T e[M];
-  const T sum = unnormalised_responsibilities<kBounded>(odds, z, e);
-  const T y = combine(branches, e, z);
-  if constexpr (M == 1) return y;
-  return y * Math<T>::reciprocal(sum);
-}
-
 // Whether a ReLU passes y and its gradient; NaN passes.
 template <class T>
 CBN_INLINE bool passes_relu(T y) {
@@ -282,13 +242,15 @@ CBN_INLINE bool passes_relu(T y) {
 // Backward of the affine pairs, g = dL/dy:  dL/dbeta_m = sum g p_m,  dL/dgamma_m = sum g p_m (x - mu_m) r_m
 template <class T, int M>
 struct GradientSums {
+  static constexpr int kRows = 2;
   T bias[M];   // sum g p
   T first[M];  // sum g p z
+  CBN_METHOD T* row(int i) { return i == 0 ? bias : first; }
 };
 
 template <class T, int M>
-CBN_INLINE void accumulate(GradientSums<T, M>& sums, const T (&e)[M], T inverse, T z, T g) {
-  const T bias = inverse * g, first = bias * z;
+CBN_INLINE void accumulate(GradientSums<T, M>& sums, const T (&e)[M], T factor, T z, T g) {
+  const T bias = factor * g, first = bias * z;
   CBN_UNROLL
   for (int m = 0; m < M; ++m) {
     sums.bias[m] = sums.bias[m] + e[m] * bias;
@@ -309,12 +271,17 @@ CBN_INLINE double weight_gradient(double sum_bias, double sum_first, double mean
 //   constant
 template <class T, int M>
 struct InputGradient {
+  static constexpr int kRows = 6;
   T centre[M];     // mu - origin
   T scale[M];      // gamma r
   T bias[M];       // beta
   T linear[M];     // dL/dmu / n
   T quadratic[M];  // dL/dvar / n
   T constant[M];   // -quadratic var
+  CBN_METHOD T* row(int i) {
+    T* const rows[] = {centre, scale, bias, linear, quadratic, constant};
+    return rows[i];
+  }
 };
 
 // The output again, from what the backward pass has.
@@ -334,12 +301,11 @@ CBN_INLINE double variance_gradient(double scale, double grad_weight, double var
   return mass < kMassFloor ? 0 : -0.5 * scale * grad_weight / std::sqrt(var + eps) / mass;
 }
 
-template <bool kBounded, class T, int M>
-CBN_INLINE T input_gradient(const LogOdds<T, M>& odds, const InputGradient<T, M>& in, const T (&p)[M], T z, T g,
-                            bool detach_responsibility) {
+// sum p f', and each f.
+template <class T, int M>
+CBN_INLINE T direct_gradient(const InputGradient<T, M>& in, const T (&p)[M], T z, T g, T (&f)[M]) {
   // f = d u + (g beta + constant) and f' = u + quadratic d, with u = g gamma r + linear + quadratic d
-  T f[M];
-  T direct, mean_f;
+  T direct;
   CBN_UNROLL
   for (int m = 0; m < M; ++m) {
     const T d = z - in.centre[m];
@@ -347,14 +313,20 @@ CBN_INLINE T input_gradient(const LogOdds<T, M>& odds, const InputGradient<T, M>
     const T slope = u + in.quadratic[m] * d;
     f[m] = d * u + (g * in.bias[m] + in.constant[m]);
     direct = m == 0 ? p[0] * slope : direct + p[m] * slope;
-    mean_f = m == 0 ? p[0] * f[0] : mean_f + p[m] * f[m];
   }
-  if (M == 1 || detach_responsibility) return direct;
-  T covariance = Math<T>::splat(0);
+  return direct;
+}
+
+// Cov_p(l', f)
+template <bool kBounded, class T, int M>
+CBN_INLINE T covariance(const LogOdds<T, M>& odds, const T (&p)[M], T z, const T (&f)[M]) {
+  T mean = p[0] * f[0], sum = Math<T>::splat(0);
+  CBN_UNROLL
+  for (int m = 1; m < M; ++m) mean = mean + p[m] * f[m];
   CBN_UNROLL
   for (int m = kBounded ? 1 : 0; m < M; ++m)
-    covariance = covariance + p[m] * (odds.curvature[m] * (z - odds.centre[m])) * (f[m] - mean_f);
-  return direct + covariance * Math<T>::splat(2 * kLn2);
+    sum = sum + p[m] * (odds.curvature[m] * (z - odds.centre[m])) * (f[m] - mean);
+  return sum * Math<T>::splat(2 * kLn2);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

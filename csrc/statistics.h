@@ -1,0 +1,124 @@
+// A component of a channel: what it brings to the element functions of mixture.h, and what is done once with its sums.
+#pragma once
+
+#include "mixture.h"
+#include "problem.h"
+
+namespace cbn {
+
+// Element i of the [M, C] tensors of a problem, which are of S.
+template <class S>
+struct Component {
+  const Problem& p;
+  int64_t i;
+
+  CBN_METHOD double read(const void* values, double otherwise, int kind = 0) const {
+    return values ? static_cast<double>(static_cast<const S*>(values)[kind * p.components * p.channels + i])
+                  : otherwise;
+  }
+  // Of [kinds, M, C].
+  CBN_METHOD void write(void* values, double value, int kind = 0) const {
+    static_cast<S*>(values)[kind * p.components * p.channels + i] = static_cast<S>(value);
+  }
+
+  CBN_METHOD LogDensity density() const {
+    return log_density(read(p.prior, 1), read(p.mean, 0), read(p.var, 0), p.eps);
+  }
+
+  // What normalises: the batch's statistics, or in evaluation the running ones, which are constants and need no mass.
+  CBN_METHOD Statistics used() const {
+    if (!p.training) return {0, read(p.mean, 0), read(p.var, 0)};
+    return {read(p.batch, 0, 0), read(p.batch, 0, 1), read(p.batch, 0, 2)};
+  }
+
+  CBN_METHOD Branches<double, 1> branch(const Statistics& used, double origin) const {
+    const double scale = branch_scale(read(p.weight, 1), used.var, p.eps);
+    return {scale, branch_offset(scale, read(p.bias, 0), used.mean, origin)};
+  }
+
+  CBN_METHOD InputGradient<double, 1> input_gradient(const Statistics& used, double origin, double grad_weight,
+                                                     double grad_bias) const {
+    const double scale = branch_scale(read(p.weight, 1), used.var, p.eps);
+    const double quadratic = variance_gradient(scale, grad_weight, used.var, p.eps, used.mass);
+    return {used.mean - origin,   scale, read(p.bias, 0), mean_gradient(scale, grad_bias, used.mass), quadratic,
+            -quadratic * used.var};
+  }
+
+  // Keeps the running statistics as this call uses them; they may move before the backward pass.
+  CBN_METHOD void keep_running() const {
+    write(p.running, read(p.prior, 0), 0);
+    write(p.running, read(p.mean, 0), 1);
+    write(p.running, read(p.var, 0), 2);
+  }
+
+  // M-step (eqs 10-12) from the rows of Moments, rounded as it is kept.
+  CBN_METHOD Statistics finish(const double (&sums)[3], double origin) const {
+    const Statistics batch = batch_statistics(sums[0], sums[1], sums[2], origin, {0, read(p.mean, 0), read(p.var, 0)});
+    return {static_cast<S>(batch.mass), static_cast<S>(batch.mean), static_cast<S>(batch.var)};
+  }
+  CBN_METHOD void write_batch(const Statistics& batch) const {
+    write(p.batch, batch.mass, 0);
+    write(p.batch, batch.mean, 1);
+    write(p.batch, batch.var, 2);
+  }
+
+  // The weight's gradient from the rows of GradientSums; the bias's is the first of them.
+  CBN_METHOD double finish(const double (&sums)[2], double origin, const Statistics& used) const {
+    return weight_gradient(sums[0], sums[1], used.mean, origin, used.var, p.eps);
+  }
+  CBN_METHOD void write_gradients(double weight, double bias) const {
+    write(p.grad_weight, weight);
+    write(p.grad_bias, bias);
+  }
+};
+
+// A [M, C] tensor in any memory.
+template <class S>
+struct Strided {
+  S* data;
+  int64_t component_stride, channel_stride;
+  CBN_METHOD S& operator()(int64_t m, int64_t c) const { return data[m * component_stride + c * channel_stride]; }
+};
+
+// Temporal accumulation (eqs 13-15) of element i of [M, C].
+template <class S>
+struct MoveRunning {
+  Strided<S> prior;  // its data null in split mode
+  Strided<S> mean, var;
+  const S* batch;  // [3, M, C]
+  int64_t size;    // M C
+  int64_t channels;
+  double points, momentum;
+
+  CBN_METHOD void operator()(int64_t i) const {
+    const int64_t m = i / channels, c = i % channels;
+    const double mass = batch[i];
+    if (prior.data) prior(m, c) = static_cast<S>(moved(prior(m, c), mass / points, momentum));
+    if (mass < kMassFloor) return;
+    mean(m, c) = static_cast<S>(moved(mean(m, c), batch[size + i], momentum));
+    var(m, c) = static_cast<S>(moved(var(m, c), unbiased(batch[2 * size + i], mass), momentum));
+  }
+};
+
+// Merges element i of the statistics [M, C] of a batch's parts, in their order.
+template <class S>
+struct MergeParts {
+  const S* parts;  // [parts, 3, M, C]
+  S* batch;        // [3, M, C]
+  int64_t count, size;
+
+  CBN_METHOD Statistics part(int64_t number, int64_t i) const {
+    const S* from = parts + number * 3 * size + i;
+    return {from[0], from[size], from[2 * size]};
+  }
+
+  CBN_METHOD void operator()(int64_t i) const {
+    Statistics total = part(0, i);
+    for (int64_t number = 1; number < count; ++number) total = merged(total, part(number, i));
+    batch[i] = static_cast<S>(total.mass);
+    batch[size + i] = static_cast<S>(total.mean);
+    batch[2 * size + i] = static_cast<S>(total.var);
+  }
+};
+
+}  // namespace cbn

@@ -101,7 +101,7 @@ PYBIND11_MODULE(_host, m) {
   py::class_<cbn::Plan>(m, "Plan", "Blocks, threads, and what of the channels and points each takes.")
       .def_readonly("resident", &cbn::Plan::resident)
       .def_readonly("threads", &cbn::Plan::threads)
-      .def_readonly("lanes", &cbn::Plan::lanes)
+      .def_readonly("columns", &cbn::Plan::columns)
       .def_readonly("channels_of_block", &cbn::Plan::channels_of_block)
       .def_readonly("channel_blocks", &cbn::Plan::channel_blocks)
       .def_readonly("splits", &cbn::Plan::splits)

@@ -47,8 +47,8 @@ struct Problem {
   void* grad_weight;   // [M, C] by the backward reduction, for the backward map
   void* grad_bias;     // [M, C] likewise
 
-  int64_t points() const { return images * spatial; }  // P
-  bool is_wide() const { return element == Element::kDouble; }
+  constexpr int64_t points() const { return images * spatial; }  // P
+  constexpr bool is_wide() const { return element == Element::kDouble; }
 };
 
 }  // namespace cbn

@@ -89,68 +89,39 @@ struct Chunks {
   }
 };
 
-// The E-step's coefficients of a thread's channels, in registers.
-template <class C, bool kBounded>
-struct EStep {
-  using S = typename C::S;
-  static constexpr int M = C::M;
-  const Arguments& a;
-  LogOdds<S, M> odds[C::kChannels];
-  S origin[C::kChannels];
-
-  __device__ __forceinline__ EStep(const Block<C>& block, const Shared<C>& shared) : a(block.a) {
-    load_coefficients(block, shared, 0, odds);
-    CBN_UNROLL
-    for (int channel = 0; channel < C::kChannels; ++channel)
-      origin[channel] = static_cast<S>(shared.origin[block.lane * C::kChannels + channel]);
-  }
-
-  // Responsibilities of z (eqs 8-9, 17-18) up to a factor, whose inverse is returned.
-  __device__ __forceinline__ S unnormalised(int channel, S z, int group, S (&e)[M]) const {
-    if (kBounded || !a.groups) return unnormalised_responsibilities<kBounded>(odds[channel], z, e);
-    assign(group, e);
-    return S(1);
-  }
-
-  __device__ __forceinline__ void responsibilities(int channel, S z, int group, S (&p)[M]) const {
-    const S sum = unnormalised(channel, z, group, p);
-    if (M == 1) return;
-    const S inverse = Math<S>::reciprocal(sum);
-    CBN_UNROLL
-    for (int m = 0; m < M; ++m) p[m] *= inverse;
-  }
-};
-
-template <class C>
-struct Groups {
-  int of[C::V] = {};
-
-  __device__ __forceinline__ Groups(const Walk<C>& walk, bool assigned) {
-    if (assigned && walk.count() > 0) walk.load_groups(of);
-  }
-};
-
 // The element loops have three forms. Most layers take the plain one: bounded odds, whole chunks, nothing fused. The
-// others decide at run time what else is to be done, with bounded odds or without.
+// others decide at run time what else is to be done, with bounded odds or without. Given weights have one form.
 struct Form {
   bool bounded, plain;
 
+  template <class C>
+  __device__ __forceinline__ Form(const Block<C>& block, bool bounded)
+      : bounded(bounded), plain(bounded && block.a.piece == C::V && !block.a.relu && !block.a.residual) {}
+
   // Calls run(bool_constant<bounded>, bool_constant<plain>).
-  template <class Run>
+  template <class C, class Run>
   __device__ __forceinline__ void choose(Run run) const {
-    if (plain)
-      run(std::true_type{}, std::true_type{});
-    else if (bounded)
-      run(std::true_type{}, std::false_type{});
-    else
-      run(std::false_type{}, std::false_type{});
+    if constexpr (!C::Posterior::kGiven) {
+      if (plain) return run(std::true_type{}, std::true_type{});
+      if (C::M == 1 || bounded) return run(std::true_type{}, std::false_type{});
+    }
+    if constexpr (C::Posterior::kGiven || C::M > 1) run(std::false_type{}, std::false_type{});
   }
 };
 
-template <class C>
-__device__ __forceinline__ Form form_of(const Arguments& a, bool bounded) {
-  return {bounded, bounded && a.run == C::V && !a.relu && !a.residual};
-}
+// What a thread knows of its channels beside the coefficients of its pass.
+template <class C, bool kBounded>
+struct EStep {
+  using S = typename C::S;
+  typename C::Posterior::template Weights<C, kBounded> weights;
+  S origin[C::kChannels];
+
+  __device__ __forceinline__ EStep(const Block<C>& block, const Shared<C>& shared) : weights(block, shared) {
+    CBN_UNROLL
+    for (int channel = 0; channel < C::kChannels; ++channel)
+      origin[channel] = static_cast<S>(shared.origin[block.column * C::kChannels + channel]);
+  }
+};
 
 // Sums of the thread's elements: Moments or GradientSums of each of its channels.
 template <class C, Pass pass, bool kBounded, bool kPlain, class Work, class Sums>
@@ -159,32 +130,31 @@ __device__ __forceinline__ void reduce(const Block<C>& block, const Shared<C>& s
   using S = typename C::S;
   using Chunk = typename Walk<C>::Chunk;
   const Arguments& a = block.a;
-  const EStep<C, kBounded> e_step(block, shared);
+  EStep<C, kBounded> e_step(block, shared);
   Branches<S, C::M> branches[C::kChannels];
-  if (pass == Pass::kGradientSums && !kPlain) load_coefficients(block, shared, 3, branches);
+  if (pass == Pass::kGradientSums && !kPlain) load_coefficients(block, shared, kRowsOfPosterior, branches);
   chunks.template for_each<kPlain>([&](const Walk<C>& walk, const Chunk& x, const Chunk& grad, Chunk*) {
     const int count = walk.template count<kPlain>();
     if (count == 0) return;
-    const Groups<C> groups(walk, !kBounded && a.groups);
+    e_step.weights.move_to(walk);
     const unsigned bits = !kPlain && pass == Pass::kGradientSums && a.mask ? walk.load_mask() : 0;
     CBN_UNROLL
     for (int v = 0; v < C::V; ++v) {
       const int channel = C::kChannelsLast ? v : 0;
       const S z = static_cast<S>(x.element[v]) - e_step.origin[channel];
       S e[C::M];
-      const S sum = e_step.unnormalised(channel, z, groups.of[v], e);
-      S inverse = C::M == 1 ? S(1) : Math<S>::reciprocal(sum);
+      S factor = e_step.weights(v, z, e);
       // A point that does not exist has no responsibilities.
-      if (!kPlain && v >= count) inverse = 0;
+      if (!kPlain && v >= count) factor = 0;
       if constexpr (pass == Pass::kMoments) {
-        accumulate(sums[channel], e, inverse, z);
+        accumulate(sums[channel], e, factor, z);
       } else {
         S g = static_cast<S>(grad.element[v]);
         if (!kPlain && a.relu) {
           const bool passed = a.mask ? bits >> v & 1 : passes_relu(combine(branches[channel], e, z));
           g = passed ? g : S(0);
         }
-        accumulate(sums[channel], e, inverse, z, g);
+        accumulate(sums[channel], e, factor, z, g);
       }
     }
   });
@@ -196,12 +166,12 @@ __device__ __forceinline__ void normalise(const Block<C>& block, const Shared<C>
   using E = typename C::Element;
   using Chunk = typename Walk<C>::Chunk;
   const Arguments& a = block.a;
-  const EStep<C, kBounded> e_step(block, shared);
+  EStep<C, kBounded> e_step(block, shared);
   Branches<S, C::M> branches[C::kChannels];
-  load_coefficients(block, shared, 3, branches);
+  load_coefficients(block, shared, kRowsOfPosterior, branches);
   chunks.template for_each<kPlain>([&](const Walk<C>& walk, const Chunk& x, const Chunk& residual, Chunk* slot) {
     const int count = walk.template count<kPlain>();
-    const Groups<C> groups(walk, !kBounded && a.groups);
+    e_step.weights.move_to(walk);
     Chunk out;
     unsigned bits = 0;
     CBN_UNROLL
@@ -209,9 +179,8 @@ __device__ __forceinline__ void normalise(const Block<C>& block, const Shared<C>
       const int channel = C::kChannelsLast ? v : 0;
       const S z = static_cast<S>(x.element[v]) - e_step.origin[channel];
       S e[C::M];
-      const S sum = e_step.unnormalised(channel, z, groups.of[v], e);
-      S y = combine(branches[channel], e, z);
-      if (C::M > 1) y *= Math<S>::reciprocal(sum);
+      const S factor = e_step.weights(v, z, e);
+      S y = combine(branches[channel], e, z) * factor;
       if (!kPlain && a.residual) y += static_cast<S>(residual.element[v]);
       if (!kPlain && a.relu) {
         const bool passed = passes_relu(y);
@@ -225,6 +194,7 @@ __device__ __forceinline__ void normalise(const Block<C>& block, const Shared<C>
   });
 }
 
+// `constant`: the responsibilities are taken for constants.
 template <class C, bool kBounded, bool kPlain, class Work>
 __device__ __forceinline__ void differentiate(const Block<C>& block, const Shared<C>& shared, Work& chunks,
                                               bool constant) {
@@ -232,28 +202,31 @@ __device__ __forceinline__ void differentiate(const Block<C>& block, const Share
   using E = typename C::Element;
   using Chunk = typename Walk<C>::Chunk;
   const Arguments& a = block.a;
-  const EStep<C, kBounded> e_step(block, shared);
+  EStep<C, kBounded> e_step(block, shared);
   InputGradient<S, C::M> coefficients[C::kChannels];
-  load_coefficients(block, shared, 3, coefficients);
+  load_coefficients(block, shared, kRowsOfPosterior, coefficients);
   chunks.template for_each<kPlain>([&](const Walk<C>& walk, const Chunk& x, const Chunk& grad, Chunk* slot) {
     if (walk.template count<kPlain>() == 0) return;
-    const Groups<C> groups(walk, !kBounded && a.groups);
+    e_step.weights.move_to(walk);
     const unsigned bits = !kPlain && a.mask ? walk.load_mask() : 0;
     Chunk out, gated;
     CBN_UNROLL
     for (int v = 0; v < C::V; ++v) {
       const int channel = C::kChannelsLast ? v : 0;
       const S z = static_cast<S>(x.element[v]) - e_step.origin[channel];
-      S p[C::M];
-      e_step.responsibilities(channel, z, groups.of[v], p);
+      S p[C::M], f[C::M];
+      const S factor = e_step.weights(v, z, p);
+      CBN_UNROLL
+      for (int m = 0; m < C::M; ++m) p[m] *= factor;
       S g = static_cast<S>(grad.element[v]);
       if (!kPlain && a.relu) {
         const bool passed = a.mask ? bits >> v & 1 : passes_relu(combine(coefficients[channel], p, z));
         g = passed ? g : S(0);
       }
       gated.element[v] = static_cast<E>(g);
-      out.element[v] =
-          static_cast<E>(input_gradient<kBounded>(e_step.odds[channel], coefficients[channel], p, z, g, constant));
+      S grad_x = direct_gradient(coefficients[channel], p, z, g, f);
+      if (!constant) grad_x += e_step.weights.covariance(v, p, z, f);
+      out.element[v] = static_cast<E>(grad_x);
     }
     walk.template store<kPlain>(a.out, out, slot);
     if (!kPlain && a.grad_residual) walk.template store<kPlain>(a.grad_residual, gated, slot);
@@ -268,17 +241,17 @@ __device__ __forceinline__ void differentiate(const Block<C>& block, const Share
 template <class C, Pass pass, Source source>
 __device__ __forceinline__ Form reduce_block(const Block<C>& block, const Shared<C>& shared, const Walk<C>& start) {
   using S = typename C::S;
-  const Arguments& a = block.a;
   Chunks<C, pass, source> chunks(block, shared, start);
-  const Form form = form_of<C>(a, prepare_odds<C, pass>(block, shared));
-  if (pass == Pass::kGradientSums && a.relu && !a.mask) {
+  const Form form(block, C::Posterior::template prepare<pass>(block, shared));
+  if (pass == Pass::kGradientSums && block.a.relu && !block.a.mask) {
     for_each_component(block, shared, [&](int m, int j, const Component<S>& component) {
-      store_branch(shared, m, j, component, component.used());
+      const int k = C::Posterior::place(shared, m, j);
+      shared.store(kRowsOfPosterior, k, j, component.branch(component.used(), shared.origin[j]));
     });
     __syncthreads();
   }
   std::conditional_t<pass == Pass::kMoments, Moments<S, C::M>, GradientSums<S, C::M>> sums[C::kChannels] = {};
-  form.choose(
+  form.choose<C>(
       [&](auto bounded, auto plain) { reduce<C, pass, bounded.value, plain.value>(block, shared, chunks, sums); });
   block_sum(block, shared, sums);
   return form;
@@ -287,9 +260,8 @@ __device__ __forceinline__ Form reduce_block(const Block<C>& block, const Shared
 // The output or the input's gradient of the block's points, when the coefficients are there.
 template <class C, Pass pass, class Work>
 __device__ __forceinline__ void map_block(const Block<C>& block, const Shared<C>& shared, Work& chunks, Form form) {
-  // Assigned responsibilities do not depend on x.
-  const bool constant = block.a.detach_responsibility || block.a.groups;
-  form.choose([&](auto bounded, auto plain) {
+  const bool constant = C::M == 1 || C::Posterior::kGiven || block.a.detach_responsibility;
+  form.choose<C>([&](auto bounded, auto plain) {
     if constexpr (pass == Pass::kNormalise)
       normalise<C, bounded.value, plain.value>(block, shared, chunks);
     else if (plain.value && constant)
@@ -304,15 +276,15 @@ __device__ __forceinline__ void map_block(const Block<C>& block, const Shared<C>
 template <class C, Pass pass>
 __global__ void __launch_bounds__(C::kThreads, 1) reduce_kernel(const __grid_constant__ Arguments a) {
   using S = typename C::S;
-  constexpr int kKinds = pass == Pass::kMoments ? kMomentSums : kGradientSums;
   const Block<C> block(a, blockIdx.x % a.channel_blocks, blockIdx.x / a.channel_blocks);
   const Shared<C> shared(block.channels);
   reduce_block<C, pass, Source::kStream>(block, shared, Walk<C>(block));
   for_each_component(block, shared, [&](int m, int j, const Component<S>& component) {
     const int64_t size = a.components * a.channels;
-    for (int kind = 0; kind < kKinds; ++kind)
-      static_cast<S*>(a.partials)[(block.split * kKinds + kind) * size + component.i] =
-          static_cast<S>(shared.totals[(kind * C::M + m) * shared.K + j]);
+    constexpr int kRows = pass == Pass::kMoments ? Moments<S, 1>::kRows : GradientSums<S, 1>::kRows;
+    for (int row = 0; row < kRows; ++row)
+      static_cast<S*>(a.partials)[(block.split * kRows + row) * size + component.i] =
+          static_cast<S>(shared.totals[(row * C::M + m) * shared.K + j]);
     if (m == 0 && block.split == 0)
       static_cast<S*>(a.origins)[block.first_channel + j] = static_cast<S>(shared.origin[j]);
   });
@@ -326,14 +298,16 @@ __global__ void __launch_bounds__(C::kThreads, 1) map_kernel(const __grid_consta
   const Block<C> block(a, number % a.channel_blocks, number / a.channel_blocks);
   const Shared<C> shared(block.channels);
   Chunks<C, pass, Source::kStream> chunks(block, shared, Walk<C>(block));
-  const Form form = form_of<C>(a, prepare_odds<C, pass>(block, shared));
+  const Form form(block, C::Posterior::template prepare<pass>(block, shared));
   for_each_component(block, shared, [&](int m, int j, const Component<S>& component) {
+    const int k = C::Posterior::place(shared, m, j);
     if constexpr (pass == Pass::kNormalise) {
-      store_branch(shared, m, j, component, component.used());
-      if (!a.training && block.split == 0) component.keep_running();
+      shared.store(kRowsOfPosterior, k, j, component.branch(component.used(), shared.origin[j]));
+      if (block.split == 0) component.keep_running();
     } else {
-      store_gradient(shared, m, j, component, component.used(), component.read(a.grad_weight, 0),
-                     component.read(a.grad_bias, 0));
+      shared.store(kRowsOfPosterior, k, j,
+                   component.input_gradient(component.used(), shared.origin[j], component.read(a.grad_weight, 0),
+                                            component.read(a.grad_bias, 0)));
     }
   });
   __syncthreads();
@@ -346,7 +320,7 @@ template <class C, Pass pass>
 __global__ void __launch_bounds__(C::kThreads, 1) resident_kernel(const __grid_constant__ Arguments a) {
   using S = typename C::S;
   constexpr bool kForward = pass == Pass::kNormalise;
-  constexpr int kKinds = kForward ? kMomentSums : kGradientSums;
+  constexpr int kRows = kForward ? Moments<S, 1>::kRows : GradientSums<S, 1>::kRows;
   const Block<C> block(a, blockIdx.x / a.splits, cluster_rank());
   const Shared<C> shared(block.channels);
   const Walk<C> start(block);
@@ -354,18 +328,20 @@ __global__ void __launch_bounds__(C::kThreads, 1) resident_kernel(const __grid_c
       reduce_block<C, kForward ? Pass::kMoments : Pass::kGradientSums, Source::kFetchAndKeep>(block, shared, start);
   if (a.splits > 1) cluster_sync();
   for_each_component(block, shared, [&](int m, int j, const Component<S>& component) {
-    double sums[kKinds];
-    for (int kind = 0; kind < kKinds; ++kind) sums[kind] = cluster_total(shared, (kind * C::M + m) * shared.K + j);
+    double sums[kRows];
+    for (int row = 0; row < kRows; ++row) sums[row] = cluster_total(shared, (row * C::M + m) * shared.K + j);
+    const int k = C::Posterior::place(shared, m, j);
+    const double origin = shared.origin[j];
     const bool writes = block.split == 0;
     if constexpr (kForward) {
-      const Used used = component.finish_moments(sums, shared.origin[j]);
-      store_branch(shared, m, j, component, used);
-      if (writes) component.write_batch(used);
+      const Statistics batch = component.finish(sums, origin);
+      shared.store(kRowsOfPosterior, k, j, component.branch(batch, origin));
+      if (writes) component.write_batch(batch);
       if (writes) component.keep_running();
     } else {
-      const Used used = component.used();
-      const double grad_weight = component.finish_weight_gradient(sums, shared.origin[j], used);
-      store_gradient(shared, m, j, component, used, grad_weight, sums[0]);
+      const Statistics used = component.used();
+      const double grad_weight = component.finish(sums, origin, used);
+      shared.store(kRowsOfPosterior, k, j, component.input_gradient(used, origin, grad_weight, sums[0]));
       if (writes) component.write_gradients(grad_weight, sums[0]);
     }
   });
@@ -377,32 +353,40 @@ __global__ void __launch_bounds__(C::kThreads, 1) resident_kernel(const __grid_c
   if (a.splits > 1) cluster_wait();
 }
 
-template <class E, int M, bool kChannelsLast>
-Kernels kernels_of() {
-  using C = Config<E, M, kChannelsLast>;
+template <class C>
+Kernels kernels_for() {
   return {C::V,
-          M,
+          C::M,
           C::kThreads,
-          reduce_kernel<C, Pass::kMoments>,
-          map_kernel<C, Pass::kNormalise>,
-          resident_kernel<C, Pass::kNormalise>,
-          reduce_kernel<C, Pass::kGradientSums>,
-          map_kernel<C, Pass::kInputGradient>,
-          resident_kernel<C, Pass::kInputGradient>};
+          {reduce_kernel<C, Pass::kMoments>, map_kernel<C, Pass::kNormalise>, resident_kernel<C, Pass::kNormalise>},
+          {reduce_kernel<C, Pass::kGradientSums>, map_kernel<C, Pass::kInputGradient>,
+           resident_kernel<C, Pass::kInputGradient>}};
 }
 
-template <class E, bool kChannelsLast>
-Kernels kernels_of(int components) {
-  if (components == 1) return kernels_of<E, 1, kChannelsLast>();
-  if (components == 2) return kernels_of<E, 2, kChannelsLast>();
-  if (components <= 4) return kernels_of<E, 4, kChannelsLast>();
-  if (components <= 8) return kernels_of<E, 8, kChannelsLast>();
-  return kernels_of<E, kMaxComponents, kChannelsLast>();
+template <class E, bool kLast>
+Kernels kernels_of_channels(int components) {
+  if (components == 1) return kernels_for<Config<E, 1, kLast, ChannelPosterior>>();
+  if (components == 2) return kernels_for<Config<E, 2, kLast, ChannelPosterior>>();
+  if (components <= 4) return kernels_for<Config<E, 4, kLast, ChannelPosterior>>();
+  if (components <= 8) return kernels_for<Config<E, 8, kLast, ChannelPosterior>>();
+  return kernels_for<Config<E, kMaxComponents, kLast, ChannelPosterior>>();
+}
+
+// A component costs little without a mixture, so that fewer numbers of them are compiled; float64 is for checks.
+template <class E, bool kLast>
+Kernels kernels_of_groups(int components) {
+  if constexpr (!std::is_same_v<E, double>) {
+    if (components <= 4) return kernels_for<Config<E, 4, kLast, GroupPosterior>>();
+    if (components <= 8) return kernels_for<Config<E, 8, kLast, GroupPosterior>>();
+  }
+  return kernels_for<Config<E, kMaxComponents, kLast, GroupPosterior>>();
 }
 
 template <class E>
-Kernels kernels_of(int components, bool channels_last) {
-  return channels_last ? kernels_of<E, true>(components) : kernels_of<E, false>(components);
+Kernels kernels_of(int components, bool channels_last, Mode mode) {
+  if (mode == Mode::kGroups)
+    return channels_last ? kernels_of_groups<E, true>(components) : kernels_of_groups<E, false>(components);
+  return channels_last ? kernels_of_channels<E, true>(components) : kernels_of_channels<E, false>(components);
 }
 
 }  // namespace cbn

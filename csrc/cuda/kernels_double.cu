@@ -1,5 +1,5 @@
 #include "kernels.cuh"
 
-cbn::Kernels cbn::kernels_double(int components, bool channels_last) {
-  return kernels_of<double>(components, channels_last);
+cbn::Kernels cbn::kernels_double(int components, bool channels_last, Mode mode) {
+  return kernels_of<double>(components, channels_last, mode);
 }

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <optional>
 
+#include "../mixture.h"
+
 namespace cbn {
 
 constexpr int kWarp = 32;
@@ -17,8 +19,9 @@ constexpr int kWarp = 32;
 // take too much memory.
 constexpr int kMostPointsOfThread = 128;
 constexpr int kFewestElementsOfThread = 16;
-// Kinds of sums of the two reductions: mass, mean and variance; the gradients of weight and bias.
-constexpr int kMomentSums = 3, kGradientSums = 2;
+// Rows of sums of a reduction at most, and of coefficients of a map at most.
+constexpr int kSumRows = Moments<float, 1>::kRows;
+constexpr int kCoefficientRows = LogOdds<float, 1>::kRows + InputGradient<float, 1>::kRows;
 // The streaming path's sums take at most a fortieth of the input's memory, or so many bytes.
 constexpr int kInputOfSums = 40;
 constexpr int64_t kFewestBytesOfSums = 16 << 10;
@@ -28,7 +31,7 @@ constexpr int kChunksAhead = 3;
 constexpr int kMoreChunksAhead = 7;
 constexpr int kResidentChunksAhead = 8;
 // Warps that add their sums at a time: 4, or 2 where a sum takes 8 bytes.
-constexpr int sum_rows(int statistic_size) { return 16 / statistic_size; }
+constexpr int warps_at_a_time(int statistic_size) { return 16 / statistic_size; }
 constexpr int kStreamingThreads = 256;
 // Bytes of neighbouring channels that a block reads at a time in channels_last; memory moves them by the sector.
 constexpr int kResidentSegment = 64;
@@ -68,12 +71,12 @@ struct Extent {
 
 // Offsets in bytes of a block's shared memory; K channels of the block. Shared by host and kernels.
 struct SharedMemory {
-  unsigned totals;        // double [3, M, K] sums of the block
+  unsigned totals;        // double [kSumRows, M, K] sums of the block
   unsigned density;       // double [3, M, K] log-densities of the components
   unsigned origin;        // double [K]
-  unsigned rows;          // statistic [sum_rows, 3, M, K] sums of some of the block's warps
-  unsigned coefficients;  // statistic [9, M, K]
-  unsigned widest;        // int [K]
+  unsigned sums;          // statistic [warps at a time, kSumRows, M, K] sums of some of the block's warps
+  unsigned coefficients;  // statistic [kCoefficientRows, M, K]
+  unsigned first;         // int [K] component that is stored first
   unsigned flag;          // int
   unsigned values;        // elements, [slots, threads] chunks of each tensor that is read
 };
@@ -81,12 +84,12 @@ struct SharedMemory {
 constexpr SharedMemory shared_memory_of(int components, int channels, int statistic_size) {
   const unsigned items = components * channels;
   SharedMemory at{};
-  at.density = at.totals + 3 * 8 * items;
+  at.density = at.totals + kSumRows * 8 * items;
   at.origin = at.density + 3 * 8 * items;
-  at.rows = at.origin + 8 * channels;
-  at.coefficients = at.rows + sum_rows(statistic_size) * 3 * statistic_size * items;
-  at.widest = at.coefficients + 9 * statistic_size * items;
-  at.flag = at.widest + 4 * channels;
+  at.sums = at.origin + 8 * channels;
+  at.coefficients = at.sums + warps_at_a_time(statistic_size) * kSumRows * statistic_size * items;
+  at.first = at.coefficients + kCoefficientRows * statistic_size * items;
+  at.flag = at.first + 4 * channels;
   at.values = (at.flag + 4 + 15) / 16 * 16;
   return at;
 }
@@ -102,7 +105,7 @@ struct Launch {
 struct Plan {
   bool resident;
   int threads;            // of a block
-  int lanes;              // threads side by side along the channels: 1 unless channels_last
+  int columns;            // threads side by side along the channels: 1 unless channels_last
   int channels_of_block;  // K
   int64_t channel_blocks;
   int64_t splits;  // blocks that share a block of channels; in the resident path the cluster
@@ -124,24 +127,24 @@ constexpr int64_t power_of_two_from(int64_t least) {
 // Threads of a block and how they share a block of channels; splits are still to be chosen.
 inline Plan block_of(const Extent& p, int segment, int most_threads) {
   Plan plan{};
-  plan.lanes = plan.channels_of_block = 1;
+  plan.columns = plan.channels_of_block = 1;
   if (p.channels_last) {
     // The packed bits of whole bytes must be side by side.
     const int fewest = std::max(1, 8 / p.vector);
     const int64_t wanted = segment / (p.vector * p.element_size);
     const int64_t useful = power_of_two_from(divide_up(p.channels, p.vector));
-    plan.lanes = static_cast<int>(std::clamp<int64_t>(std::min(wanted, useful), fewest, kWarp));
-    plan.channels_of_block = plan.lanes * p.vector;
+    plan.columns = static_cast<int>(std::clamp<int64_t>(std::min(wanted, useful), fewest, kWarp));
+    plan.channels_of_block = plan.columns * p.vector;
   }
   plan.channel_blocks = divide_up(p.channels, plan.channels_of_block);
-  const int64_t chunks = p.channels_last ? p.points * plan.lanes : divide_up(p.points, p.vector);
+  const int64_t chunks = p.channels_last ? p.points * plan.columns : divide_up(p.points, p.vector);
   plan.threads = static_cast<int>(std::clamp<int64_t>(power_of_two_from(chunks / 4), 2 * kWarp, most_threads));
   return plan;
 }
 
 // Points that a block takes at once.
 inline int64_t step_of(const Plan& plan, const Extent& p) {
-  return p.channels_last ? plan.threads / plan.lanes : static_cast<int64_t>(plan.threads) * p.vector;
+  return p.channels_last ? plan.threads / plan.columns : static_cast<int64_t>(plan.threads) * p.vector;
 }
 
 // Cuts the points into splits, at whole warps, so that every chunk has the same lane in each pass.
@@ -228,7 +231,7 @@ inline void split_all(Plan& plan, const Extent& p, int64_t splits) {
 
 // At most: the backward pass has fewer kinds.
 constexpr int64_t bytes_of_sums(const Extent& p, int64_t splits) {
-  return splits * kMomentSums * p.components * p.channels * p.statistic_size;
+  return splits * kSumRows * p.components * p.channels * p.statistic_size;
 }
 
 // The reduction of the streaming path. Each split leaves its sums in memory: where they allow few splits, blocks take

@@ -27,9 +27,10 @@ struct Math<double> {
 };
 
 // What a kernel is compiled for.
-template <class E, int kComponents, bool kLast>
+template <class E, int kComponents, bool kLast, class WhoWeighs>
 struct Config {
   using Element = E;
+  using Posterior = WhoWeighs;
   using S = std::conditional_t<std::is_same_v<E, double>, double, float>;
   static constexpr bool kChannelsLast = kLast;
   static constexpr int M = kComponents;
@@ -56,7 +57,7 @@ struct Block {
 
   const Arguments& a;
   int channels;  // K, some of them perhaps beyond C
-  int lane;      // of the thread along the channels
+  int column;    // of the thread along the channels
   int64_t first_channel;
   int64_t split;
   int64_t begin;    // first point
@@ -65,18 +66,18 @@ struct Block {
 
   __device__ __forceinline__ Block(const Arguments& a, int64_t channel_block, int64_t split)
       : a(a),
-        channels(C::kChannelsLast ? a.lanes * V : 1),
-        lane(C::kChannelsLast ? threadIdx.x % a.lanes : 0),
+        channels(C::kChannelsLast ? a.columns * V : 1),
+        column(C::kChannelsLast ? threadIdx.x % a.columns : 0),
         first_channel(channel_block * channels),
         split(split),
         begin(split * a.points_of_split),
-        step(C::kChannelsLast ? blockDim.x / a.lanes : blockDim.x * V) {
-    const int64_t left = a.points - begin;
+        step(C::kChannelsLast ? blockDim.x / a.columns : blockDim.x * V) {
+    const int64_t left = a.points() - begin;
     length = static_cast<unsigned>(left < 0 ? 0 : left < a.points_of_split ? left : a.points_of_split);
   }
 
   // The first channel of the thread.
-  __device__ __forceinline__ int64_t channel() const { return first_channel + lane * C::kChannels; }
+  __device__ __forceinline__ int64_t channel() const { return first_channel + column * C::kChannels; }
   __device__ __forceinline__ int iterations() const { return static_cast<int>((length + step - 1) / step); }
 };
 
@@ -104,7 +105,7 @@ struct Walk {
 
   __device__ __forceinline__ explicit Walk(const Block<C>& block) : block(block) {
     const Arguments& a = block.a;
-    point = C::kChannelsLast ? threadIdx.x / a.lanes : threadIdx.x * V;
+    point = C::kChannelsLast ? threadIdx.x / a.columns : threadIdx.x * V;
     const int64_t in_channel = block.begin + point, n = image_of(a, in_channel), s = in_channel - n * a.spatial;
     image = static_cast<unsigned>(n);
     inside = static_cast<unsigned>(s);
@@ -139,17 +140,17 @@ struct Walk {
     return left < 0 ? 0 : left < V ? static_cast<int>(left) : V;
   }
 
-  // Calls visit(v, offset, image) for the elements v = 0, run, 2 run ... that exist.
+  // Calls visit(v, offset, image) for the elements v = 0, piece, 2 piece ... that exist.
   template <class F>
-  __device__ __forceinline__ void for_each_run(int run, F visit) const {
+  __device__ __forceinline__ void for_each_piece(int piece, F visit) const {
     const int elements = count();
     int64_t at = offset;
     unsigned n = image, s = inside;
 #pragma unroll 1
-    for (int v = 0; v < elements; v += run) {
+    for (int v = 0; v < elements; v += piece) {
       visit(v, at, n);
-      at += run;
-      s += run;
+      at += piece;
+      s += piece;
       if (!C::kChannelsLast && s == block.a.spatial) {
         s = 0;
         ++n;
@@ -162,13 +163,13 @@ struct Walk {
   template <bool kWhole>
   __device__ __forceinline__ void fetch(Chunk* to, const void* from) const {
     const E* elements = static_cast<const E*>(from);
-    const int run = block.a.run, bytes = run * static_cast<int>(sizeof(E));
-    if ((kWhole || run == V) && sizeof(Chunk) >= 4) {
+    const int piece = block.a.piece, bytes = piece * static_cast<int>(sizeof(E));
+    if ((kWhole || piece == V) && sizeof(Chunk) >= 4) {
       copy_async(to, elements + offset, sizeof(Chunk));
       return;
     }
     if (count() < V) *to = {};
-    for_each_run(run, [&](int v, int64_t at, unsigned) {
+    for_each_piece(piece, [&](int v, int64_t at, unsigned) {
       if (bytes == 8)
         copy_async(to->element + v, elements + at, 8);
       else if (bytes == 4)
@@ -182,13 +183,13 @@ struct Walk {
   template <bool kWhole>
   __device__ __forceinline__ void store(void* to, const Chunk& chunk, Chunk* through) const {
     E* elements = static_cast<E*>(to);
-    const int run = block.a.run, bytes = run * static_cast<int>(sizeof(E));
-    if (kWhole || run == V) {
+    const int piece = block.a.piece, bytes = piece * static_cast<int>(sizeof(E));
+    if (kWhole || piece == V) {
       store_global(reinterpret_cast<Chunk*>(elements + offset), chunk);
       return;
     }
     *through = chunk;
-    for_each_run(run, [&](int v, int64_t at, unsigned) {
+    for_each_piece(piece, [&](int v, int64_t at, unsigned) {
       const E* from = through->element + v;
       if (bytes == 8)
         store_global(reinterpret_cast<uint64_t*>(elements + at), *reinterpret_cast<const uint64_t*>(from));
@@ -199,23 +200,11 @@ struct Walk {
     });
   }
 
-  // Groups of the elements' images; -1 for those that do not exist.
-  __device__ __forceinline__ void load_groups(int (&groups)[V]) const {
-    CBN_UNROLL
-    for (int v = 0; v < V; ++v) groups[v] = -1;
-    for_each_run(1, [&](int at, int64_t, unsigned n) {
-      const int64_t group = block.a.groups[n];
-      device_check(group >= 0 && group < block.a.components, "expected groups from 0 to M - 1");
-      CBN_UNROLL
-      for (int v = 0; v < V; ++v) groups[v] = v == at ? static_cast<int>(group) : groups[v];
-    });
-  }
-
   // The first of the chunk's bits in the mask. They lie channel by channel, in channels_last point by point.
   __device__ __forceinline__ int64_t mask_bit() const {
     const int64_t in_channel = block.begin + point;
     return C::kChannelsLast ? in_channel * block.a.channels + block.channel()
-                            : block.channel() * block.a.points + in_channel;
+                            : block.channel() * block.a.points() + in_channel;
   }
 
   // Bit v says whether the ReLU passed element v. All threads of the warp must call this, also without elements.

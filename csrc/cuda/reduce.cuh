@@ -1,42 +1,44 @@
 // Sums over a warp, a block and a cluster, each in a fixed order: the same input gives the same bits.
 #pragma once
 
-#include "coefficients.cuh"
+#include "posterior.cuh"
 
 namespace cbn {
 
-// Sum over the threads of a warp whose numbers are equal modulo `lanes`, a power of two.
+// Sum over the threads of a warp whose numbers are equal modulo `columns`, a power of two.
 template <class T>
-__device__ __forceinline__ T warp_sum(T value, int lanes) {
-  for (int other = kWarp / 2; other >= lanes; other /= 2) value += __shfl_xor_sync(0xffffffffu, value, other);
+__device__ __forceinline__ T warp_sum(T value, int columns) {
+  for (int other = kWarp / 2; other >= columns; other /= 2) value += __shfl_xor_sync(0xffffffffu, value, other);
   return value;
 }
 
-// Adds up the threads' sums, a struct of arrays [kinds, M] for each of a thread's channels, components in stored
-// order, to shared.totals [kinds, M, K] in natural order. A few warps at a time add to a row each, which takes little
-// memory and few barriers; then the rows are added.
+// Adds up the threads' sums, a struct of rows for each of a thread's channels, to shared.totals, components in natural
+// order. A few warps at a time add to sums of their own, which takes little memory and few barriers; then these are
+// added.
 template <class C, class Sums>
 __device__ __forceinline__ void block_sum(const Block<C>& block, const Shared<C>& shared, Sums (&sums)[C::kChannels]) {
   using S = typename C::S;
-  constexpr int kValues = sizeof(Sums) / sizeof(S), kRows = sum_rows(sizeof(S));
-  const int lanes = C::kChannelsLast ? block.a.lanes : 1;
-  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, size = kValues * shared.K;
+  constexpr int kWarps = warps_at_a_time(sizeof(S));
+  const int columns = C::kChannelsLast ? block.a.columns : 1;
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp, size = Sums::kRows * C::M * shared.K;
   CBN_UNROLL
   for (int channel = 0; channel < C::kChannels; ++channel) {
-    S* values = reinterpret_cast<S*>(&sums[channel]);
     CBN_UNROLL
-    for (int i = 0; i < kValues; ++i) values[i] = warp_sum(values[i], lanes);
+    for (int i = 0; i < Sums::kRows * C::M; ++i) {
+      S& value = sums[channel].row(i / C::M)[i % C::M];
+      value = warp_sum(value, columns);
+    }
   }
-  for (int first = 0; first < warps; first += kRows) {
-    if (warp >= first && warp < first + kRows && threadIdx.x % kWarp < lanes) {
+  for (int first = 0; first < warps; first += kWarps) {
+    if (warp >= first && warp < first + kWarps && threadIdx.x % kWarp < columns) {
       CBN_UNROLL
       for (int channel = 0; channel < C::kChannels; ++channel) {
-        const int j = block.lane * C::kChannels + channel, widest = shared.widest[j];
+        const int j = block.column * C::kChannels + channel;
         CBN_UNROLL
-        for (int i = 0; i < kValues; ++i) {
-          const int kind = i / C::M, m = stored_at(i % C::M, widest);
-          S& sum = shared.rows[(warp - first) * size + (kind * C::M + m) * shared.K + j];
-          const S value = reinterpret_cast<const S*>(&sums[channel])[i];
+        for (int i = 0; i < Sums::kRows * C::M; ++i) {
+          const int row = i / C::M, m = C::Posterior::place(shared, i % C::M, j);
+          S& sum = shared.sums[(warp - first) * size + (row * C::M + m) * shared.K + j];
+          const S value = sums[channel].row(row)[i % C::M];
           sum = first == 0 ? value : sum + value;
         }
       }
@@ -45,7 +47,7 @@ __device__ __forceinline__ void block_sum(const Block<C>& block, const Shared<C>
   }
   for (int i = threadIdx.x; i < size; i += blockDim.x) {
     double total = 0;
-    for (int row = 0; row < kRows && row < warps; ++row) total += static_cast<double>(shared.rows[row * size + i]);
+    for (int of = 0; of < kWarps && of < warps; ++of) total += static_cast<double>(shared.sums[of * size + i]);
     shared.totals[i] = total;
   }
   __syncthreads();

@@ -12,7 +12,9 @@
 
 #if defined(CBN_EMULATION)
 #include "emulated_runtime.h"
+#define CBN_DISPATCH_KEY CPU  // in place of the CPU operators
 #else
+#define CBN_DISPATCH_KEY CUDA
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

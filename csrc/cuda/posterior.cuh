@@ -1,0 +1,128 @@
+// Who weighs the components at a point. A posterior prepares the channels of a block in shared memory, knows at which
+// place it keeps a component, and gives each thread the weights of its elements: e, and a factor that they all have.
+#pragma once
+
+#include "coefficients.cuh"
+
+namespace cbn {
+
+// The channel's mixture weighs (eqs 8-9), by log-odds against the widest component, which is kept first.
+struct ChannelPosterior {
+  static constexpr bool kGiven = false;
+
+  // The place of component m of channel j, or the component at place m.
+  template <class C>
+  static __device__ __forceinline__ int place(const Shared<C>& shared, int m, int j) {
+    return stored_at(m, shared.first[j]);
+  }
+
+  // Puts the log-odds of the block's channels and their origins into shared memory; components and channels that do not
+  // exist have no odds. Returns whether the odds of all of them are bounded.
+  template <Pass pass, class C>
+  static __device__ __forceinline__ bool prepare(const Block<C>& block, const Shared<C>& shared) {
+    constexpr int M = C::M;
+    const int K = shared.K, items = M * K;
+    if (threadIdx.x == 0) *shared.flag = 0;
+    for_each_component(block, shared, [&](int m, int j, const Component<typename C::S>& component) {
+      const LogDensity density = component.density();
+      shared.density[m * K + j] = density.precision;
+      shared.density[items + m * K + j] = density.peak;
+      shared.density[2 * items + m * K + j] = density.mean;
+    });
+    __syncthreads();
+
+    const auto density_of = [&](int m, int j) -> LogDensity {
+      const int item = m * K + j;
+      return {shared.density[item], shared.density[items + item], shared.density[2 * items + item]};
+    };
+    for (int j = threadIdx.x; j < K; j += blockDim.x) {
+      int widest = 0;
+      if (block.first_channel + j < block.a.channels)
+        for (int m = 1; m < block.a.components; ++m)
+          if (shared.density[m * K + j] < shared.density[widest * K + j]) widest = m;
+      shared.first[j] = widest;
+      shared.origin[j] = origin_of<C, pass>(block, j, widest);
+    }
+    __syncthreads();
+
+    for_each_place(block, shared, [&](int k, int j, bool exists) {
+      Parabola odds{0, 0, k == 0 ? 0 : kNoComponent};
+      if (exists && k > 0 &&
+          !odds_parabola(density_of(place(shared, k, j), j), density_of(shared.first[j], j), shared.origin[j], odds))
+        *shared.flag = 1;
+      shared.store(0, k, j, odds);
+    });
+    __syncthreads();
+
+    if (!*shared.flag) return true;
+    for_each_component(block, shared, [&](int k, int j, const Component<typename C::S>&) {
+      shared.store(0, k, j, parabola(density_of(place(shared, k, j), j), shared.origin[j]));
+    });
+    __syncthreads();
+    return false;
+  }
+
+  template <class C, bool kBounded>
+  struct Weights {
+    using S = typename C::S;
+    static constexpr int M = C::M;
+    LogOdds<S, M> odds[C::kChannels];
+
+    __device__ __forceinline__ Weights(const Block<C>& block, const Shared<C>& shared) {
+      load_coefficients(block, shared, 0, odds);
+    }
+    __device__ __forceinline__ void move_to(const Walk<C>&) {}
+    __device__ __forceinline__ S operator()(int v, S z, S (&e)[M]) const {
+      return responsibilities<kBounded>(odds[C::kChannelsLast ? v : 0], z, e);
+    }
+    __device__ __forceinline__ S covariance(int v, const S (&p)[M], S z, const S (&f)[M]) const {
+      return cbn::covariance<kBounded>(odds[C::kChannelsLast ? v : 0], p, z, f);
+    }
+  };
+};
+
+// The group of the point's image weighs (eqs 17-18): 1 for that component. A constant, whose gradient is 0.
+struct GroupPosterior {
+  static constexpr bool kGiven = true;
+
+  template <class C>
+  static __device__ __forceinline__ int place(const Shared<C>&, int m, int) {
+    return m;
+  }
+
+  template <Pass pass, class C>
+  static __device__ __forceinline__ bool prepare(const Block<C>& block, const Shared<C>& shared) {
+    for (int j = threadIdx.x; j < shared.K; j += blockDim.x) shared.origin[j] = origin_of<C, pass>(block, j, 0);
+    for_each_place(block, shared, [](int, int, bool) {});
+    __syncthreads();
+    return false;
+  }
+
+  template <class C, bool>
+  struct Weights {
+    using S = typename C::S;
+    static constexpr int M = C::M;
+    int group[C::V];  // -1 where there is no element
+    const Arguments& a;
+
+    __device__ __forceinline__ Weights(const Block<C>& block, const Shared<C>&) : a(block.a) {}
+    __device__ __forceinline__ void move_to(const Walk<C>& walk) {
+      CBN_UNROLL
+      for (int v = 0; v < C::V; ++v) group[v] = -1;
+      walk.for_each_piece(1, [&](int at, int64_t, unsigned image) {
+        const int64_t its = a.groups[image];
+        device_check(its >= 0 && its < a.components, "expected groups from 0 to M - 1");
+        CBN_UNROLL
+        for (int v = 0; v < C::V; ++v) group[v] = v == at ? static_cast<int>(its) : group[v];
+      });
+    }
+    __device__ __forceinline__ S operator()(int v, S, S (&e)[M]) const {
+      CBN_UNROLL
+      for (int m = 0; m < M; ++m) e[m] = m == group[v] ? S(1) : S(0);
+      return S(1);
+    }
+    __device__ __forceinline__ S covariance(int, const S (&)[M], S, const S (&)[M]) const { return S(0); }
+  };
+};
+
+}  // namespace cbn

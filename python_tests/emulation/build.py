@@ -83,7 +83,7 @@ def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Com
         subprocess.check_output([COMPILER, f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libstdc++.so.6")  # the first wants to see the exceptions of the second
     ]
-    paths = [str(ROOT), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env={

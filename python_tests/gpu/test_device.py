@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_execution import assert_same_bits
 from torch.utils import cpp_extension
 
 from build_backend.toolkit import find_toolkit
 from cbn_ext import CompoundBatchNormAct2d
+from python_tests.gpu.test_execution import assert_same_bits
 
 ROOT = Path(__file__).parents[2]
 EMULATION = ROOT / "python_tests" / "emulation"

@@ -22,7 +22,7 @@ from train.engine import Trainer, learning_rate
 from train.errors import UserError
 from train.run_folder import write_atomically
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EPOCHS = 3
 # Dual paths with the split, warm-up and several steps an epoch, on 65 training images.
 TINY = [f"--epochs={EPOCHS}", "--data.max_per_class=12", "--data.ratio=4", "--batch_size=32"]

@@ -10,7 +10,7 @@ import yaml
 from train.config import Config, build_parser, config_of, differing_fields, resolve
 from train.errors import UserError
 
-CONFIGS = Path(__file__).parents[1] / "train" / "configs"
+CONFIGS = Path(__file__).parents[2] / "train" / "configs"
 
 
 def parse(*arguments):

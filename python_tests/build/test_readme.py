@@ -8,7 +8,7 @@ from torch import nn
 
 from cbn_ext import CompoundBatchNorm2d, CompoundBatchNormAct2d
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 CONVERSION, FUSION, LOOP = re.findall(r"```python\n(.*?)```", README, re.S)
 
 

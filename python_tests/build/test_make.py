@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 INSTALL = "-m pip install --disable-pip-version-check --constraint constraints.txt"
 BUILD = "setup.py build_ext --inplace"

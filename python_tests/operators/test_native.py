@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cases
-import oracle
 import pytest
 import torch
-from cases import (
+from torch.profiler import ProfilerActivity, profile
+
+import cbn_ext
+from cbn_ext import compound_batch_norm
+from python_tests.support import cases, oracle
+from python_tests.support.cases import (
     EPS,
     MOMENTUM,
     NATIVE_CASES,
@@ -20,13 +23,10 @@ from cases import (
     forward_arguments,
     run,
 )
-from tolerances import assert_close
-from torch.profiler import ProfilerActivity, profile
-
-import cbn_ext
-from cbn_ext import compound_batch_norm
+from python_tests.support.tolerances import assert_close
 
 OPS = torch.ops.cbn_ext
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -312,7 +312,7 @@ CAPABILITIES = {"DEFAULT": ["baseline"], "AVX2": ["baseline", "avx2"]}.get(
 
 RUN_ALL = """
 import sys, torch
-from cases import NATIVE_CASES, run
+from python_tests.support.cases import NATIVE_CASES, run
 import cbn_ext
 torch.save((cbn_ext.build_info()["isa"], [tuple(run(case, "native")) for case in NATIVE_CASES]), sys.argv[1])
 """
@@ -320,8 +320,7 @@ torch.save((cbn_ext.build_info()["isa"], [tuple(run(case, "native")) for case in
 
 def in_process(code, capability, *arguments):
     environment = {**os.environ, "CBN_CPU_CAPABILITY": capability}
-    roots = [str(Path(cbn_ext.__file__).parents[1]), str(Path(cases.__file__).parent)]
-    environment["PYTHONPATH"] = os.pathsep.join([*roots, environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=False
     )

@@ -1,12 +1,12 @@
 """First and second derivatives in float64: against finite differences and against autograd through the oracle."""
 
-import oracle
 import pytest
 import torch
-from cases import EPS, MOMENTUM, Case
-from tolerances import assert_close
 
 from cbn_ext import compound_batch_norm, split_batch_norm, use_backend
+from python_tests.support import oracle
+from python_tests.support.cases import EPS, MOMENTUM, Case
+from python_tests.support.tolerances import assert_close
 
 # Small enough for one finite difference per element; three points per image and channel, a component may be absent.
 SHAPE = (4, 2, 3)

@@ -15,7 +15,7 @@ from torch.utils import cpp_extension
 
 from build_backend import host_torch, resolve, toolkit
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PYPROJECT = load_file(ROOT / "pyproject.toml")
 PINS = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
 

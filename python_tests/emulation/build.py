@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
+from python_tests.support import ROOT
+
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+
 CSRC = ROOT / "csrc"
 TORCH = Path(torch.__file__).parent
 
@@ -83,14 +85,13 @@ def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Com
         subprocess.check_output([COMPILER, f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libstdc++.so.6")  # the first wants to see the exceptions of the second
     ]
-    paths = [str(ROOT), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
         env={
             **os.environ,
             "LD_PRELOAD": ":".join(preloaded),
             "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-            "PYTHONPATH": os.pathsep.join(paths),
             **environment,
         },
         capture_output=True,

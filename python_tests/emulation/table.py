@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from cases import Case, Results, assert_results, expected, run
-from emulation.build import run_python
+
+from python_tests.emulation.build import run_python
+from python_tests.support.cases import Case, Results, assert_results, expected, run
 
 
 class Launch(NamedTuple):
@@ -42,7 +43,7 @@ def run_table(library: Path, cases: Sequence[Case], device: Mapping[str, str], s
         task, answer = Path(folder, "task"), Path(folder, "answer")
         task.write_bytes(pickle.dumps(list(cases)))
         process = run_python(
-            "from emulation.table import _run; _run()",
+            "from python_tests.emulation.table import _run; _run()",
             *map(str, (library, task, answer)),
             CBN_EMULATION_SEED=str(seed),
             **device,

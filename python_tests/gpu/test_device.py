@@ -3,17 +3,16 @@
 import ctypes
 import os
 import sysconfig
-from pathlib import Path
 
 import pytest
 import torch
-from test_execution import assert_same_bits
 from torch.utils import cpp_extension
 
 from build_backend.toolkit import find_toolkit
 from cbn_ext import CompoundBatchNormAct2d
+from python_tests.gpu.test_execution import assert_same_bits
+from python_tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 EMULATION = ROOT / "python_tests" / "emulation"
 TINY = torch.finfo(torch.float32).tiny
 SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, TINY / 2, -TINY / 2, TINY / 2**23, -torch.finfo().max]

@@ -3,12 +3,12 @@
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 
 from cbn_ext import CompoundBatchNormAct2d, split_path
+from python_tests.support import ROOT
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SHAPE = (16, 24, 28, 28)
@@ -236,7 +236,7 @@ def test_group_without_a_component_is_an_error():
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", WRONG_GROUP.format(group=group)],
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from cases import Case, leaves, results_of
+
+from python_tests.support.cases import Case, leaves, results_of
 
 CHANNEL = 9  # in channels_last in the middle of a vector
 # The first point of a channel is one of those that the sums' origin is chosen from.

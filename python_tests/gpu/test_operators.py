@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-import oracle
 import pytest
 import torch
-from cases import EPS, MOMENTUM, Case, backward_arguments, forward_arguments, leaves
-from tolerances import assert_close
 
 from cbn_ext import compound_batch_norm, split_batch_norm
+from python_tests.support import oracle
+from python_tests.support.cases import EPS, MOMENTUM, Case, backward_arguments, forward_arguments, leaves
+from python_tests.support.tolerances import assert_close
 
 OPS = torch.ops.cbn_ext
 

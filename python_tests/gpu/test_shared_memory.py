@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from cases import Case, backward_arguments, forward_arguments
-from test_execution import assert_same_bits
+
+from python_tests.gpu.test_execution import assert_same_bits
+from python_tests.support.cases import Case, backward_arguments, forward_arguments
 
 OPS = torch.ops.cbn_ext
 STEP = 16 << 10

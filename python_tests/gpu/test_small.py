@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import Case, assert_results, expected, run
+
+from python_tests.support.cases import Case, assert_results, expected, run
 
 FUSED = {"activation": "relu", "residual": True}
 CASES = [

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cases import NATIVE_CASES, Case, Results, assert_results, expected, run
+
+from python_tests.support.cases import NATIVE_CASES, Case, Results, assert_results, expected, run
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 

@@ -6,9 +6,10 @@ import subprocess
 
 import pytest
 import torch
-from cases import NATIVE_CASES, Case
-from emulation.build import CSRC, HERE, build, run_python
-from emulation.table import failures, run_table
+
+from python_tests.emulation.build import CSRC, HERE, build, run_python
+from python_tests.emulation.table import failures, run_table
+from python_tests.support.cases import NATIVE_CASES, Case
 
 # Multiprocessors, bytes of shared memory of a block, the largest cluster that can run; and the planner's limit.
 DEVICES = {

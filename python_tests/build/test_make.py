@@ -4,11 +4,10 @@ import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from python_tests.support import ROOT
 
 INSTALL = "-m pip install --disable-pip-version-check --constraint constraints.txt"
 BUILD = "setup.py build_ext --inplace"

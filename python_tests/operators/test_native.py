@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import cases
-import oracle
 import pytest
 import torch
-from cases import (
+from torch.profiler import ProfilerActivity, profile
+
+import cbn_ext
+from cbn_ext import compound_batch_norm
+from python_tests.support import ROOT, cases, oracle
+from python_tests.support.cases import (
     EPS,
     MOMENTUM,
     NATIVE_CASES,
@@ -20,11 +22,7 @@ from cases import (
     forward_arguments,
     run,
 )
-from tolerances import assert_close
-from torch.profiler import ProfilerActivity, profile
-
-import cbn_ext
-from cbn_ext import compound_batch_norm
+from python_tests.support.tolerances import assert_close
 
 OPS = torch.ops.cbn_ext
 
@@ -56,6 +54,7 @@ def test_every_number_of_components(components, layout, training):
 # --- the operators themselves
 
 
+ARGUMENTS = {"forward": forward_arguments, "backward": backward_arguments}
 OPCHECK_CASES = [
     Case(),
     Case(training=False),
@@ -79,14 +78,10 @@ OPCHECK_CASES = [
 ]
 
 
+@pytest.mark.parametrize("operator", ARGUMENTS)
 @pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
-def test_opcheck_forward(case):
-    torch.library.opcheck(OPS.forward.default, forward_arguments(case))
-
-
-@pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
-def test_opcheck_backward(case):
-    torch.library.opcheck(OPS.backward.default, backward_arguments(case))
+def test_opcheck(operator, case):
+    torch.library.opcheck(getattr(OPS, operator).default, ARGUMENTS[operator](case))
 
 
 @pytest.mark.parametrize("mode", ["channel", "split"])
@@ -127,60 +122,50 @@ def test_evaluation_returns_no_statistics():
 
 
 def test_inputs_are_not_changed():
-    case = Case(mode="split", activation="relu", residual=True)
-    for operator, arguments in ((OPS.forward, forward_arguments(case)), (OPS.backward, backward_arguments(case))):
+    for operator, arguments_of in ARGUMENTS.items():
+        arguments = arguments_of(Case(mode="split", activation="relu", residual=True))
         before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-        operator(*arguments)
+        getattr(OPS, operator)(*arguments)
         for now, then in zip(arguments, before, strict=True):
             assert torch.equal(now, then) if isinstance(now, torch.Tensor) else now == then
 
 
+PLAIN, MASKED = Case(), Case(activation="relu", residual=True)
+
+
 @pytest.mark.parametrize(
-    ("position", "wrong", "message"),
+    ("operator", "case", "position", "wrong", "message"),
     [
-        (0, torch.ones(4, 5, 6, 7, dtype=torch.int32), "float32.*[Ii]nt"),
-        (0, torch.ones(5), r"\(5\)"),
-        (1, torch.ones(4, 5, 6, 1), r"residual.*\(4, 5, 6, 7\).*\(4, 5, 6, 1\)"),
-        (1, torch.ones(4, 5, 6, 7, dtype=torch.float64), "residual.*[Ff]loat.*[Dd]ouble"),
-        (2, torch.zeros(3, dtype=torch.int64), r"\(4\).*\(3\)"),
-        (2, torch.zeros(4), "int64.*[Ff]loat"),
-        (3, None, "prior"),
-        (4, torch.zeros(17, 5), r"16.*\(17, 5\)"),
-        (4, torch.zeros(5), r"\(5\)"),
-        (5, torch.ones(4, 6), r"var.*\(4, 5\).*\(4, 6\)"),
-        (5, torch.ones(4, 5, dtype=torch.float64), "var.*[Ff]loat.*[Dd]ouble"),
-        (6, torch.ones(3, 5), r"weight.*\(4, 5\).*\(3, 5\)"),
-        (7, torch.ones(4, 5, dtype=torch.float16), "bias.*[Ff]loat.*[Hh]alf"),
+        ("forward", PLAIN, 0, torch.ones(4, 5, 6, 7, dtype=torch.int32), "float32.*[Ii]nt"),
+        ("forward", PLAIN, 0, torch.ones(5), r"\(5\)"),
+        ("forward", PLAIN, 1, torch.ones(4, 5, 6, 1), r"residual.*\(4, 5, 6, 7\).*\(4, 5, 6, 1\)"),
+        ("forward", PLAIN, 1, torch.ones(4, 5, 6, 7, dtype=torch.float64), "residual.*[Ff]loat.*[Dd]ouble"),
+        ("forward", PLAIN, 2, torch.zeros(3, dtype=torch.int64), r"\(4\).*\(3\)"),
+        ("forward", PLAIN, 2, torch.zeros(4), "int64.*[Ff]loat"),
+        ("forward", PLAIN, 3, None, "prior"),
+        ("forward", PLAIN, 4, torch.zeros(17, 5), r"16.*\(17, 5\)"),
+        ("forward", PLAIN, 4, torch.zeros(5), r"\(5\)"),
+        ("forward", PLAIN, 5, torch.ones(4, 6), r"var.*\(4, 5\).*\(4, 6\)"),
+        ("forward", PLAIN, 5, torch.ones(4, 5, dtype=torch.float64), "var.*[Ff]loat.*[Dd]ouble"),
+        ("forward", PLAIN, 6, torch.ones(3, 5), r"weight.*\(4, 5\).*\(3, 5\)"),
+        ("forward", PLAIN, 7, torch.ones(4, 5, dtype=torch.float16), "bias.*[Ff]loat.*[Hh]alf"),
+        ("backward", PLAIN, 0, torch.ones(4, 5, 6, 8), r"grad.*\(4, 5, 6, 7\).*\(4, 5, 6, 8\)"),
+        ("backward", PLAIN, 0, torch.ones(4, 5, 6, 7, dtype=torch.float64), "grad.*[Ff]loat.*[Dd]ouble"),
+        ("backward", PLAIN, 2, torch.zeros(105, dtype=torch.uint8), "no mask without relu"),
+        ("backward", PLAIN, 4, torch.ones(3, 17, 5), r"running.*16.*\(3, 17, 5\)"),
+        ("backward", PLAIN, 4, torch.ones(3, 4, 6), r"running.*\(3, 4, 5\).*\(3, 4, 6\)"),
+        ("backward", PLAIN, 5, torch.ones(3, 3, 5), r"batch.*\(3, 4, 5\).*\(3, 3, 5\)"),
+        ("backward", PLAIN, 5, torch.ones(3, 4, 5, dtype=torch.float64), "batch.*[Ff]loat.*[Dd]ouble"),
+        ("backward", MASKED, 2, torch.zeros(104, dtype=torch.uint8), r"mask of 108 bytes.*\(104\)"),
+        ("backward", MASKED, 2, torch.zeros(108, dtype=torch.int8), "mask.*[Cc]har"),
     ],
 )
-def test_forward_refuses_what_does_not_fit(position, wrong, message):
+def test_refuses_what_does_not_fit(operator, case, position, wrong, message):
     """Also when called directly: a wrong shape must not become a read out of bounds."""
-    arguments = list(forward_arguments(Case()))
+    arguments = list(ARGUMENTS[operator](case))
     arguments[position] = wrong
     with pytest.raises(RuntimeError, match=f"(?s){message}"):
-        OPS.forward(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("position", "wrong", "message"),
-    [
-        (0, torch.ones(4, 5, 6, 8), r"grad.*\(4, 5, 6, 7\).*\(4, 5, 6, 8\)"),
-        (0, torch.ones(4, 5, 6, 7, dtype=torch.float64), "grad.*[Ff]loat.*[Dd]ouble"),
-        (2, torch.zeros(105, dtype=torch.uint8), "no mask without relu"),
-        (4, torch.ones(3, 17, 5), r"running.*16.*\(3, 17, 5\)"),
-        (4, torch.ones(3, 4, 6), r"running.*\(3, 4, 5\).*\(3, 4, 6\)"),
-        (5, torch.ones(3, 3, 5), r"batch.*\(3, 4, 5\).*\(3, 3, 5\)"),
-        (5, torch.ones(3, 4, 5, dtype=torch.float64), "batch.*[Ff]loat.*[Dd]ouble"),
-        ("mask", torch.zeros(104, dtype=torch.uint8), r"mask of 108 bytes.*\(104\)"),
-        ("mask", torch.zeros(108, dtype=torch.int8), "mask.*[Cc]har"),
-    ],
-)
-def test_backward_refuses_what_does_not_fit(position, wrong, message):
-    masked = position == "mask"
-    arguments = list(backward_arguments(Case(activation="relu", residual=True) if masked else Case()))
-    arguments[2 if masked else position] = wrong
-    with pytest.raises(RuntimeError, match=f"(?s){message}"):
-        OPS.backward(*arguments)
+        getattr(OPS, operator)(*arguments)
 
 
 @pytest.mark.parametrize(("position", "name"), [(0, "prior"), (2, "var"), (3, "batch")])
@@ -312,18 +297,20 @@ CAPABILITIES = {"DEFAULT": ["baseline"], "AVX2": ["baseline", "avx2"]}.get(
 
 RUN_ALL = """
 import sys, torch
-from cases import NATIVE_CASES, run
+from python_tests.support.cases import NATIVE_CASES, run
 import cbn_ext
 torch.save((cbn_ext.build_info()["isa"], [tuple(run(case, "native")) for case in NATIVE_CASES]), sys.argv[1])
 """
 
 
 def in_process(code, capability, *arguments):
-    environment = {**os.environ, "CBN_CPU_CAPABILITY": capability}
-    roots = [str(Path(cbn_ext.__file__).parents[1]), str(Path(cases.__file__).parent)]
-    environment["PYTHONPATH"] = os.pathsep.join([*roots, environment.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "CBN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

@@ -14,8 +14,8 @@ from setuptools.config.pyprojecttoml import load_file
 from torch.utils import cpp_extension
 
 from build_backend import host_torch, resolve, toolkit
+from python_tests.support import ROOT
 
-ROOT = Path(__file__).parent.parent
 PYPROJECT = load_file(ROOT / "pyproject.toml")
 PINS = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
 

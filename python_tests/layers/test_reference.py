@@ -1,13 +1,13 @@
 """The pure-PyTorch fallback against the oracle, and the oracle against nn.BatchNorm2d."""
 
-import oracle
 import pytest
 import torch
-from cases import CASES, EPS, Case, assert_results, expected, run
-from tolerances import assert_close
 from torch import nn
 
 from cbn_ext import reference
+from python_tests.support import oracle
+from python_tests.support.cases import CASES, EPS, Case, assert_results, expected, run
+from python_tests.support.tolerances import assert_close
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -7,12 +7,9 @@ import copy
 import inspect
 import pickle
 
-import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import EPS, MOMENTUM, Case, with_layout
-from tolerances import assert_close
 from torch import nn
 
 import cbn_ext
@@ -27,6 +24,9 @@ from cbn_ext import (
     split_batch_norm,
     split_path,
 )
+from python_tests.support import cases
+from python_tests.support.cases import EPS, MOMENTUM, Case, with_layout
+from python_tests.support.tolerances import assert_close
 
 LAYERS = [CompoundBatchNormAct1d, CompoundBatchNormAct2d, CompoundBatchNormAct3d]
 PLAIN = [CompoundBatchNorm1d, CompoundBatchNorm2d, CompoundBatchNorm3d]

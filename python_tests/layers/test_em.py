@@ -3,14 +3,14 @@
 import warnings
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from cases import Case
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from cbn_ext import CompoundBatchNorm2d, use_backend
+from python_tests.support import oracle
+from python_tests.support.cases import Case
 
 EPS = 1e-3  # large enough that an epsilon in the wrong place shows
 MODES = [("native", "channel"), ("reference", "channel"), ("reference", "joint")]

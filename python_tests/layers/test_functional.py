@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
-from cases import Case, with_layout
 
 import cbn_ext
 from cbn_ext import compound_batch_norm, split_batch_norm
+from python_tests.support.cases import Case, with_layout
 
 N, C, M = 4, 3, 2
 FORMATS = {

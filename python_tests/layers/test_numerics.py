@@ -2,14 +2,14 @@
 
 import copy
 
-import oracle
 import pytest
 import torch
-from cases import Case, expected, run
-from tolerances import assert_close, roundoff
 from torch import nn
 
 from cbn_ext import CompoundBatchNorm2d, compound_batch_norm, split_batch_norm, split_path
+from python_tests.support import oracle
+from python_tests.support.cases import Case, expected, run
+from python_tests.support.tolerances import assert_close, roundoff
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 

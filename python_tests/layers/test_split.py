@@ -5,8 +5,6 @@ import threading
 
 import pytest
 import torch
-from cases import Case
-from tolerances import assert_close
 from torch import nn
 
 from cbn_ext import (
@@ -18,6 +16,8 @@ from cbn_ext import (
     split_batch_norm,
     split_path,
 )
+from python_tests.support.cases import Case
+from python_tests.support.tolerances import assert_close
 
 
 @pytest.mark.parametrize(

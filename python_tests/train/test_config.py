@@ -7,10 +7,11 @@ import pytest
 import torch
 import yaml
 
+from python_tests.support import ROOT
 from train.config import Config, build_parser, config_of, differing_fields, resolve
 from train.errors import UserError
 
-CONFIGS = Path(__file__).parents[1] / "train" / "configs"
+CONFIGS = ROOT / "train" / "configs"
 
 
 def parse(*arguments):

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import oracle
 import torch
-from tolerances import assert_close
 from torch import Tensor
 
 from cbn_ext import compound_batch_norm, split_batch_norm, use_backend
+from python_tests.support import oracle
+from python_tests.support.tolerances import assert_close
 
 EPS = 1e-5
 MOMENTUM = 0.9  # so that the running statistics show the error of the batch's

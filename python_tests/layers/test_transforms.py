@@ -5,8 +5,6 @@ import copy
 
 import pytest
 import torch
-from cases import Case
-from tolerances import assert_close
 from torch import nn
 
 from cbn_ext import (
@@ -16,6 +14,8 @@ from cbn_ext import (
     split_batch_norm,
     split_path,
 )
+from python_tests.support.cases import Case
+from python_tests.support.tolerances import assert_close
 
 paths = pytest.mark.parametrize("path", ["compound", "split", "evaluation"])
 

@@ -1,15 +1,17 @@
 """First and second derivatives in float64: against finite differences and against autograd through the oracle."""
 
-import oracle
 import pytest
 import torch
-from cases import EPS, MOMENTUM, Case
-from tolerances import assert_close
+from torch.autograd import gradcheck, gradgradcheck
 
 from cbn_ext import compound_batch_norm, split_batch_norm, use_backend
+from python_tests.support import oracle
+from python_tests.support.cases import EPS, MOMENTUM, Case
+from python_tests.support.tolerances import assert_close
 
 # Small enough for one finite difference per element; three points per image and channel, a component may be absent.
 SHAPE = (4, 2, 3)
+CHECKS = (gradcheck, gradgradcheck)
 
 MODES = [
     ("native", "channel"),
@@ -62,29 +64,20 @@ def leaves(case):
 @passes
 @pytest.mark.parametrize("components", [1, 2, 3, 4])
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-def test_gradcheck(backend_name, mode, training, components, affine):
+@pytest.mark.parametrize("check", CHECKS)
+def test_finite_differences(backend_name, mode, training, components, affine, check):
     case = Case(SHAPE, components, mode, training, torch.float64, affine=affine)
     with use_backend(backend_name):
-        assert torch.autograd.gradcheck(layer_function(case), leaves(case))
-
-
-@passes
-@pytest.mark.parametrize("components", [1, 2, 3, 4])
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-def test_gradgradcheck(backend_name, mode, training, components, affine):
-    case = Case(SHAPE, components, mode, training, torch.float64, affine=affine)
-    with use_backend(backend_name):
-        assert torch.autograd.gradgradcheck(layer_function(case), leaves(case))
+        assert check(layer_function(case), leaves(case))
 
 
 @passes
 @pytest.mark.parametrize("data", ["mixed", "dead"])
-def test_gradcheck_without_mass(backend_name, mode, training, data):
+def test_finite_differences_without_mass(backend_name, mode, training, data):
     """A component that gets nothing of the batch leaves the derivatives right; here also in channels_last memory."""
     case = Case((3, 2, 2, 2), 3, mode, training, torch.float64, layout="channels_last", data=data)
     with use_backend(backend_name):
-        assert torch.autograd.gradcheck(layer_function(case), leaves(case))
-        assert torch.autograd.gradgradcheck(layer_function(case), leaves(case))
+        assert all(check(layer_function(case), leaves(case)) for check in CHECKS)
 
 
 @passes

@@ -1,14 +1,14 @@
 """The README's Python runs as it stands, and does what the text around it says."""
 
 import re
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from cbn_ext import CompoundBatchNorm2d, CompoundBatchNormAct2d
+from python_tests.support import ROOT
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONVERSION, FUSION, LOOP = re.findall(r"```python\n(.*?)```", README, re.S)
 
 

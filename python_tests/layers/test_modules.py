@@ -8,12 +8,12 @@ import pickle
 
 import pytest
 import torch
-from cases import MOMENTUM, Case
-from tolerances import assert_close
 from torch import nn
 
 import cbn_ext
 from cbn_ext import CompoundBatchNorm1d, CompoundBatchNorm2d, CompoundBatchNorm3d
+from python_tests.support.cases import MOMENTUM, Case
+from python_tests.support.tolerances import assert_close
 
 LAYERS = [CompoundBatchNorm1d, CompoundBatchNorm2d, CompoundBatchNorm3d]
 NORMS = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]

@@ -4,7 +4,8 @@ import json
 import re
 
 import pytest
-from emulation.build import HERE, build, run_python
+
+from python_tests.emulation.build import HERE, build, run_python
 
 RUN = """
 import ctypes, json, os, sys

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +15,13 @@ import yaml
 from PIL import Image
 
 from cbn_ext import CompoundBatchNorm2d
+from python_tests.support import ROOT
 from train.__main__ import main
 from train.config import OptimizerConfig
 from train.engine import Trainer, learning_rate
 from train.errors import UserError
 from train.run_folder import write_atomically
 
-ROOT = Path(__file__).parents[1]
 EPOCHS = 3
 # Dual paths with the split, warm-up and several steps an epoch, on 65 training images.
 TINY = [f"--epochs={EPOCHS}", "--data.max_per_class=12", "--data.ratio=4", "--batch_size=32"]

@@ -2,7 +2,7 @@
 
 import json
 
-from emulation.build import HERE, build, run_python
+from python_tests.emulation.build import HERE, build, run_python
 
 CALLS = """
 import ctypes, json, sys

@@ -2,11 +2,8 @@
 
 import copy
 
-import cases
 import pytest
 import torch
-from cases import EPS, MOMENTUM, Case, leaves
-from tolerances import assert_close
 from torch import nn
 
 import cbn_ext
@@ -17,6 +14,9 @@ from cbn_ext import (
     split_batch_norm,
     split_path,
 )
+from python_tests.support import cases
+from python_tests.support.cases import EPS, MOMENTUM, Case, leaves
+from python_tests.support.tolerances import assert_close
 
 paths = pytest.mark.parametrize("path", ["compound", "split", "evaluation"])
 # A backend, a mode and whether in training.

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
-from cases import Case
-from emulation.build import CSRC, HERE, build
-from emulation.table import failures, run_table
-from test_emulation_kernels import DEVICES, MANY_SPLITS
+
+from python_tests.emulation.build import CSRC, HERE, build
+from python_tests.emulation.table import failures, run_table
+from python_tests.emulation.test_kernels import DEVICES, MANY_SPLITS
+from python_tests.support.cases import Case
 
 # The kernels of one type and number of components, for both layouts.
 FEW = """

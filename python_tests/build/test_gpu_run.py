@@ -19,8 +19,8 @@ from build_backend.toolkit import Toolkit
 from python_tests.gpu import report, steps, training_steps
 from python_tests.gpu.report import Outcome
 from python_tests.gpu.steps import TOTAL_SECONDS, Device
+from python_tests.support import ROOT
 
-ROOT = Path(__file__).parent.parent
 DEVICE = Device("a GPU", "9.0", "13.0")
 LOGS = Path("build", "gpu", "first")
 

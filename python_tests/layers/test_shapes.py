@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from cases import EPS, Case, assert_results, expected, run
 from hypothesis import given
 from hypothesis import strategies as st
+
+from python_tests.support.cases import EPS, Case, assert_results, expected, run
 
 layouts = st.sampled_from(["contiguous", "channels_last", "sliced", "transposed"])
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16])

@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
-from cases import with_layout
-from tolerances import assert_close
 from torch import nn
 
 from cbn_ext import CompoundBatchNorm1d, CompoundBatchNorm2d, CompoundBatchNorm3d
+from python_tests.support.cases import with_layout
+from python_tests.support.tolerances import assert_close
 
 LAYERS = {
     1: (CompoundBatchNorm1d, nn.BatchNorm1d),

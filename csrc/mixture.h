@@ -1,9 +1,9 @@
 // Compound batch normalization, per element: every formula once, for the host and the device.
 //
-// T is a scalar or a vector of lanes; a lane is one point x of one channel, or of several channels side by
-// side. Statistics of a channel are prepared in double by the functions that take and give `double`; the
-// element functions use them as T. Equations are those of "Compound Batch Normalization for Long-tailed Image
-// Classification" (2022). Neither ATen nor the CUDA runtime is used here.
+// T is a scalar or a vector of lanes; a lane is one point x of one channel, or of several channels side by side.
+// Statistics of a channel are prepared in double by the functions that take and give `double`; the element functions use
+// them as T. Equations are those of "Compound Batch Normalization for Long-tailed Image Classification" (2022). Neither
+// ATen nor the CUDA runtime is used here.
 #pragma once
 
 #include <cmath>
@@ -32,16 +32,14 @@ constexpr int kMaxComponents = 16;
 constexpr double kPriorFloor = 1e-6;
 // A component whose mass in the batch is below this has no batch statistics and keeps its running ones.
 constexpr double kMassFloor = 1e-30;
-// Log2-odds up to here are exponentiated as they are: sums over components and products with x stay in
-// float's range.
+// Log2-odds up to here are exponentiated as they are: sums over components and products with x stay in float's range.
 constexpr double kBoundedOdds = 60.0;
 // Height of the components that pad M to a compiled size: their responsibility is 0.
 constexpr double kNoComponent = -1e30;
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-// What T can do beyond arithmetic: splat(double), exp2(x), reciprocal(x), max(a, b). Specialised beside each
-// T.
+// What T can do beyond arithmetic: splat(double), exp2(x), reciprocal(x), max(a, b). Specialised beside each T.
 template <class T>
 struct Math;
 
@@ -49,11 +47,11 @@ struct Math;
 // E-step (eqs 8-9)
 //
 // log2 of pi_m N(x; mu_m, v_m), v = sigma^2 + eps, is k_m - h_m (x - mu_m)^2 with h = log2(e) / (2 v) and
-// k = log2(pi) - log2(v) / 2. Relative to the component of largest variance, which is stored first, it is
-// again `curvature (x - centre)^2 + height`, with curvature <= 0: bounded above by its height. Where all
-// heights are small, M - 1 exponentials and no search for a maximum give the responsibilities ("bounded");
-// elsewhere (equal variances, hence a line and no bound, or well separated components) each of the M
-// log-densities is kept and the maximum subtracted.
+// k = log2(pi) - log2(v) / 2. Relative to the component of largest variance, which is stored first, it is again
+// `curvature (x - centre)^2 + height`, with curvature <= 0: bounded above by its height. Where all heights are small,
+// M - 1 exponentials and no search for a maximum give the responsibilities ("bounded"); elsewhere (equal variances,
+// hence a line and no bound, or well separated components) each of the M log-densities is kept and the maximum
+// subtracted.
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Structs of coefficients and of sums are rows of M: row(i) is the i-th.
@@ -129,12 +127,12 @@ CBN_INLINE T responsibilities(const LogOdds<T, M>& odds, T z, T (&e)[M]) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// M-step (eqs 10-12), from sums of z = x - origin, the origin near the channel's values so that squares keep
-// their digits
+// M-step (eqs 10-12), from sums of z = x - origin, the origin near the channel's values so that squares keep their
+// digits
 // ---------------------------------------------------------------------------------------------------------------------
 
-// The origin is the median of so many values of the channel, spread evenly: near its values whatever the running
-// mean, and no outlier.
+// The origin is the median of so many values of the channel, spread evenly: near its values whatever the running mean,
+// and no outlier.
 constexpr int kOriginSamples = 9;
 
 // Which of a channel's points sample k is.
@@ -203,8 +201,7 @@ CBN_INLINE Statistics merged(const Statistics& a, const Statistics& b) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Normalise and combine (eqs 7, 16):  y = sum_m p_m (gamma_m (x - mu_m) r_m + beta_m),  r = 1 / sqrt(var +
-// eps)
+// Normalise and combine (eqs 7, 16):  y = sum_m p_m (gamma_m (x - mu_m) r_m + beta_m),  r = 1 / sqrt(var + eps)
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <class T, int M>
@@ -233,7 +230,7 @@ CBN_INLINE T combine(const Branches<T, M>& branches, const T (&p)[M], T z) {
   return scale * z + offset;
 }
 
-// Whether a ReLU passes y and its gradient; NaN passes.
+// A ReLU passes y and its gradient; NaN passes.
 template <class T>
 CBN_INLINE bool passes_relu(T y) {
   return !(y <= 0);
@@ -263,12 +260,10 @@ CBN_INLINE double weight_gradient(double sum_bias, double sum_first, double mean
   return (sum_first - (mean - origin) * sum_bias) / std::sqrt(var + eps);
 }
 
-// Backward of the input. With d = x - mu, dL/dmu = -r gamma dL/dbeta, dL/dvar = -r^2 gamma dL/dgamma / 2 and
-// mass n:
+// Backward of the input. With d = x - mu, dL/dmu = -r gamma dL/dbeta, dL/dvar = -r^2 gamma dL/dgamma / 2 and mass n:
 //   f_m  = g (gamma r d + beta) + ( dL/dmu d + dL/dvar (d^2 - var) ) / n     what one unit of p_m is worth
 //   f'_m = g gamma r + ( dL/dmu + 2 dL/dvar d ) / n
-//   dL/dx = sum p f' + Cov_p(l', f),   l'_m = d/dx of the log-odds; the covariance is absent where p is a
-//   constant
+//   dL/dx = sum p f' + Cov_p(l', f),   l'_m = d/dx of the log-odds; the covariance is absent where p is a constant
 template <class T, int M>
 struct InputGradient {
   static constexpr int kRows = 6;

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from python_tests.emulation.build import CSRC, HERE, build
+from python_tests.emulation.build import CSRC, build
 from python_tests.emulation.table import failures, run_table
 from python_tests.emulation.test_kernels import DEVICES, MANY_SPLITS
 from python_tests.support.cases import Case
@@ -17,12 +17,18 @@ FEW = """
 #include "cuda/kernels.cuh"
 
 namespace cbn {
-Kernels kernels_float(int, bool channels_last) {
-  return channels_last ? kernels_of<float, 4, true>() : kernels_of<float, 4, false>();
+template <class Posterior>
+Kernels kernels_of_four(bool channels_last) {
+  return channels_last ? kernels_for<Config<float, 4, true, Posterior>>()
+                       : kernels_for<Config<float, 4, false, Posterior>>();
 }
-Kernels kernels_double(int, bool) { return {}; }
-Kernels kernels_half(int, bool) { return {}; }
-Kernels kernels_bfloat16(int, bool) { return {}; }
+Kernels kernels_float(int, bool channels_last, Mode mode) {
+  return mode == Mode::kGroups ? kernels_of_four<GroupPosterior>(channels_last)
+                               : kernels_of_four<ChannelPosterior>(channels_last);
+}
+Kernels kernels_double(int, bool, Mode) { return {}; }
+Kernels kernels_half(int, bool, Mode) { return {}; }
+Kernels kernels_bfloat16(int, bool, Mode) { return {}; }
 }  // namespace cbn
 """
 SHAPE = (3, 2, 47, 43)
@@ -65,9 +71,9 @@ MUTATIONS = [
     ),
     Mutation(
         "no barrier before coefficients are used",
-        "coefficients.cuh",
-        "  __syncthreads();\n\n  if (!*shared.flag) return true;",
-        "  if (!*shared.flag) return true;",
+        "posterior.cuh",
+        "    __syncthreads();\n\n    if (!*shared.flag) return true;",
+        "    if (!*shared.flag) return true;",
         "streaming",
         WRONG + "|" + OUT_OF_BOUNDS,  # coefficients are not there, nor the number of the widest component
     ),
@@ -105,9 +111,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a barrier that some threads skip",
-        "coefficients.cuh",
-        "  if (!*shared.flag) return true;",
-        "  if (threadIdx.x % 2 == 0 && !*shared.flag) return true;\n  __syncthreads();",
+        "posterior.cuh",
+        "    if (!*shared.flag) return true;",
+        "    if (threadIdx.x % 2 == 0 && !*shared.flag) return true;\n    __syncthreads();",
         "no clusters",
         "waits at __syncthreads",
     ),
@@ -121,25 +127,25 @@ MUTATIONS = [
     ),
     Mutation(
         "one component's partial sums for all",
-        "compound_norm.cu",
-        "(a.partials)[(split * kKinds + kind) * size + i]",
-        "(a.partials)[(split * kKinds + kind) * size + i % a.channels]",
+        "finish.cuh",
+        "(a.partials)[(split * kRows + row) * size + i]",
+        "(a.partials)[(split * kRows + row) * size + i % a.channels]",
         "streaming",
         WRONG,
     ),
     Mutation(
         "no merge of a thread's splits",
-        "compound_norm.cu",
-        "sums[kind] += static_cast<const S*>(a.partials)",
-        "sums[kind] = static_cast<const S*>(a.partials)",
+        "finish.cuh",
+        "sums[row] += static_cast<const S*>(a.partials)",
+        "sums[row] = static_cast<const S*>(a.partials)",
         "streaming",
         WRONG,
         (MANY_SPLITS,),
     ),
     Mutation(
         "no merge of the threads' splits",
-        "compound_norm.cu",
-        "  for (int kind = 0; kind < kKinds; ++kind) sums[kind] = warp_sum(sums[kind], 1);\n",
+        "finish.cuh",
+        "  for (int row = 0; row < kRows; ++row) sums[row] = warp_sum(sums[row], 1);\n",
         "",
         "streaming",
         WRONG,
@@ -192,7 +198,7 @@ def few(tmp_path_factory):
     """The library of the kernels as they are, and its objects by the name of their source."""
     source = tmp_path_factory.mktemp("few") / "few.cu"
     source.write_text(FEW)
-    library = build("few", [HERE / "register.cpp", CSRC / "cuda" / "compound_norm.cu", source])
+    library = build("few", [CSRC / "cuda" / "compound_norm.cu", source])
     return library, source, {path.name.removesuffix(".o"): path for path in library.parent.glob("*.o")}
 
 
@@ -213,7 +219,7 @@ def test_the_table_fails(few, mutation, tmp_path):
 
     # What the mutation does not touch is linked as it is.
     host = csrc / "cuda" / "compound_norm.cu"
-    changed = {"compound_norm.cu": [host], "launch.h": [host, source]}.get(mutation.file, [source])
+    changed = {"finish.cuh": [host], "launch.h": [host, source]}.get(mutation.file, [source])
     unchanged = [path for name, path in objects.items() if name not in {path.name for path in changed}]
     mutant = build("mutant", changed, csrc, unchanged)
     found = failures(mutation.cases, run_table(mutant, mutation.cases, DEVICES[mutation.device]))

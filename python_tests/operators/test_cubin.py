@@ -17,8 +17,14 @@ from typing import NamedTuple
 import cbn_ext
 
 ARCHITECTURES = ["sm_" + arch.removesuffix("+PTX").replace(".", "") for arch in cbn_ext.build_info()["cuda_archs"]]
-# Types of elements as they are mangled, components, channels_last.
-INSTANCES = set(product(["f", "d", "N3c104HalfE", "N3c108BFloat16E"], [1, 2, 4, 8, 16], [False, True]))
+TYPES = ["f", "d", "N3c104HalfE", "N3c108BFloat16E"]  # of elements, as they are mangled
+COMPONENTS = {"Channel": [1, 2, 4, 8, 16], "Group": [4, 8, 16]}  # by posterior
+INSTANCES = {
+    (dtype, components, channels_last, posterior)
+    for posterior, numbers in COMPONENTS.items()
+    for dtype, components, channels_last in product(TYPES, numbers, [False, True])
+    if (posterior, dtype) != ("Group", "d") or components == 16
+}
 REGISTERS_OF_MULTIPROCESSOR = 65536
 
 
@@ -27,7 +33,7 @@ class Kernel(NamedTuple):
 
     architecture: str
     name: str
-    instance: tuple[str, int, bool]
+    instance: tuple[str, int, bool, str]
 
 
 class Resources(NamedTuple):
@@ -61,10 +67,10 @@ def cuobjdump(*options: str) -> Iterator[tuple[str, str]]:
 
 def kernel(architecture: str, mangled: str) -> Kernel | None:
     """Of a name; None for functions that are not compiled for an instance."""
-    config = re.search(r"6ConfigI(\w+?)Li(\d+)ELb([01])EE", mangled)
+    config = re.search(r"6ConfigI(\w+?)Li(\d+)ELb([01])ENS_\d+(\w+?)PosteriorEEE", mangled)
     if config is None:
         return None
-    instance = (config[1], int(config[2]), config[3] == "1")
+    instance = (config[1], int(config[2]), config[3] == "1", config[4])
     return Kernel(architecture, mangled.replace(config[0], ""), instance)
 
 
@@ -118,7 +124,8 @@ def test_registers_fit_the_largest_block():
 def test_a_cluster_waits_for_memory_once():
     """Before its sums are read. The barrier at the end must not wait until all of the output has been written."""
     functions = (
-        re.match(r" Function (\S*15resident_kernel\S*ConfigIfLi4E\S*):", line) for _, line in cuobjdump("-res-usage")
+        re.match(r" Function (\S*15resident_kernel\S*ConfigIfLi4E\S*ChannelPosterior\S*):", line)
+        for _, line in cuobjdump("-res-usage")
     )
     names = sorted({function[1] for function in functions if function})
     for architecture in ARCHITECTURES:

@@ -24,7 +24,8 @@ def forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output like x (N, C, ...), the ReLU's mask, running and batch statistics (3, M, C); see `reference.forward`."""
-    return torch.ops.cbn_ext.forward(x, residual, groups, prior, mean, var, weight, bias, training, relu, eps)
+    mode = 0 if groups is None else 1
+    return torch.ops.cbn_ext.forward(x, residual, groups, prior, mean, var, weight, bias, mode, training, relu, eps)
 
 
 def backward(
@@ -43,8 +44,9 @@ def backward(
     detach_responsibility: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for x (N, C, ...), the residual (like x with a mask, else empty), weight and bias (M, C)."""
+    mode = 0 if groups is None else 1
     return torch.ops.cbn_ext.backward(
-        grad, x, mask, groups, running, batch, weight, bias, training, relu, detach_responsibility, eps
+        grad, x, mask, groups, running, batch, weight, bias, mode, training, relu, detach_responsibility, eps
     )
 
 
@@ -71,18 +73,42 @@ if native_available():
         dense = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
         return torch.empty_like(x, memory_format=torch.preserve_format if dense else torch.contiguous_format)
 
-    @torch.library.register_fake("cbn_ext::forward")
-    def _(x, residual, groups, prior, mean, var, weight, bias, training, relu, eps):
+    def _empty_mask(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         bits = x.numel() if relu and residual is not None else 0
-        mask = x.new_empty((bits + 31) // 32 * 4, dtype=torch.uint8)
+        return x.new_empty((bits + 31) // 32 * 4, dtype=torch.uint8)
+
+    @torch.library.register_fake("cbn_ext::forward")
+    def _(x, residual, groups, prior, mean, var, weight, bias, mode, training, relu, eps):
+        mask = _empty_mask(x, residual, relu)
         statistics = (3, *mean.shape)
         return _empty_like(x), mask, mean.new_empty(statistics), mean.new_empty(statistics if training else 0)
 
     @torch.library.register_fake("cbn_ext::backward")
-    def _(grad, x, mask, groups, running, batch, weight, bias, training, relu, detach_responsibility, eps):
+    def _(grad, x, mask, groups, running, batch, weight, bias, mode, training, relu, detach_responsibility, eps):
         grad_x = _empty_like(x)
         grad_residual = x.new_empty(0) if mask is None else torch.empty_like(grad_x)
         return grad_x, grad_residual, running.new_empty(running.shape[1:]), running.new_empty(running.shape[1:])
+
+    @torch.library.register_fake("cbn_ext::moments")
+    def _(x, groups, prior, mean, var, mode, eps):
+        return mean.new_empty(3, *mean.shape)
+
+    @torch.library.register_fake("cbn_ext::normalise")
+    def _(x, residual, groups, prior, mean, var, batch, weight, bias, mode, relu, eps):
+        return _empty_like(x), _empty_mask(x, residual, relu), mean.new_empty(3, *mean.shape)
+
+    @torch.library.register_fake("cbn_ext::gradient_sums")
+    def _(grad, x, mask, groups, running, batch, weight, bias, mode, relu, eps):
+        return running.new_empty(running.shape[1:]), running.new_empty(running.shape[1:])
+
+    @torch.library.register_fake("cbn_ext::input_gradient")
+    def _(grad, x, mask, groups, running, batch, weight, bias, dweight, dbias, mode, relu, detach_responsibility, eps):
+        grad_x = _empty_like(x)
+        return grad_x, x.new_empty(0) if mask is None else torch.empty_like(grad_x)
+
+    @torch.library.register_fake("cbn_ext::merge_moments")
+    def _(parts):
+        return parts.new_empty(parts.shape[1:])
 
     @torch.library.register_fake("cbn_ext::update_running")
     def _(prior, mean, var, batch, points, momentum):

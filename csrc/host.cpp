@@ -1,58 +1,17 @@
-// pybind11 module cbn_ext._host: facts of the build and of the processor, the scalar maths of mixture.h and the
-// planning of CUDA launches, for Python.
+// pybind11 module cbn_ext._host: facts of the build and of the processor, and the planning of CUDA launches, for
+// Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cmath>
 #include <map>
-#include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "cpu/capability.h"
 #include "cuda/launch.h"
-#include "mixture.h"
 
 namespace cbn {
 
-template <>
-struct Math<double> {
-  static double splat(double x) { return x; }
-  static double exp2(double x) { return std::exp2(x); }
-  static double reciprocal(double x) { return 1 / x; }
-  static double max(double a, double b) { return a < b ? b : a; }
-};
-
 namespace {
-
-// Responsibilities [M] of the point x in the one-dimensional mixture with these [M] parameters, components as
-// given.
-std::vector<double> point_responsibilities(double x, const std::vector<double>& prior, const std::vector<double>& mean,
-                                           const std::vector<double>& var, double eps) {
-  const size_t components = prior.size();
-  if (components < 1 || components > kMaxComponents || mean.size() != components || var.size() != components)
-    throw std::invalid_argument("expected prior, mean and var of one length from 1 to 16, got " +
-                                std::to_string(components) + ", " + std::to_string(mean.size()) + " and " +
-                                std::to_string(var.size()));
-  const int widest = largest_component(var.data(), static_cast<int>(components));
-  std::vector<double> sorted_prior, sorted_mean, sorted_var;
-  for (size_t k = 0; k < components; ++k) {
-    const int m = stored_at(static_cast<int>(k), widest);
-    sorted_prior.push_back(prior[m]);
-    sorted_mean.push_back(mean[m]);
-    sorted_var.push_back(var[m]);
-  }
-  LogOdds<double, kMaxComponents> odds;
-  double p[kMaxComponents];
-  if (log_odds(odds, sorted_prior.data(), sorted_mean.data(), sorted_var.data(), static_cast<int>(components), eps, 0,
-               false))
-    responsibilities<true>(odds, x, p);
-  else
-    responsibilities<false>(odds, x, p);
-  std::vector<double> result(components);
-  for (size_t k = 0; k < components; ++k) result[stored_at(static_cast<int>(k), widest)] = p[k];
-  return result;
-}
 
 std::map<std::string, std::string> build_facts() {
 #if defined(__clang__)
@@ -67,14 +26,11 @@ std::map<std::string, std::string> build_facts() {
 }  // namespace cbn
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Facts of the build and the processor, the scalar maths of the kernels, and the planning of launches.";
+  m.doc() = "Facts of the build and the processor, and the planning of launches.";
   m.def(
       "cpu_capability", [] { return cbn::capability_name(cbn::cpu_capability()); },
       "Instruction set of the CPU kernels: baseline, avx2 or avx512.");
   m.def("build_facts", &cbn::build_facts, "Compiler and language version of this build.");
-  m.def("responsibilities", &cbn::point_responsibilities, pybind11::arg("x"), pybind11::arg("prior"),
-        pybind11::arg("mean"), pybind11::arg("var"), pybind11::arg("eps"),
-        "Posterior [M] of the point x under the mixture with prior, mean and var [M].");
 
   namespace py = pybind11;
   py::class_<cbn::Device>(m, "Device",

@@ -4,8 +4,6 @@
 #include <cstring>
 #include <type_traits>
 
-#include "tasks.h"
-
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
@@ -15,7 +13,7 @@
 #define CBN_VECTOR_BYTES 32
 #include "kernels.h"
 
-cbn::Tasks cbn::tasks_avx2(Element element, int components, bool fused) { return tasks(element, components, fused); }
+cbn::Tasks cbn::tasks_avx2(const Problem& p) { return tasks(p); }
 
 #if defined(__clang__)
 #pragma clang attribute pop

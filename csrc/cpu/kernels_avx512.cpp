@@ -4,8 +4,6 @@
 #include <cstring>
 #include <type_traits>
 
-#include "tasks.h"
-
 #if defined(__x86_64__)
 #include <immintrin.h>
 #if defined(__clang__)
@@ -16,7 +14,7 @@
 #define CBN_VECTOR_BYTES 64
 #include "kernels.h"
 
-cbn::Tasks cbn::tasks_avx512(Element element, int components, bool fused) { return tasks(element, components, fused); }
+cbn::Tasks cbn::tasks_avx512(const Problem& p) { return tasks(p); }
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -2,6 +2,4 @@
 #define CBN_VECTOR_BYTES 16
 #include "kernels.h"
 
-cbn::Tasks cbn::tasks_baseline(Element element, int components, bool fused) {
-  return tasks(element, components, fused);
-}
+cbn::Tasks cbn::tasks_baseline(const Problem& p) { return tasks(p); }

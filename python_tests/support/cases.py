@@ -196,16 +196,16 @@ def forward_arguments(case: Case, device: str = "cpu") -> tuple:
     a = case.arguments(device)
     prior = a.prior if a.groups is None else None
     tensors = (a.x, a.residual, a.groups, prior, a.mean, a.var, a.weight, a.bias)
-    return *tensors, case.training, case.activation == "relu", EPS
+    return *tensors, int(a.groups is not None), case.training, case.activation == "relu", EPS
 
 
 def backward_arguments(case: Case, device: str = "cpu", place: Callable[[Tensor], Tensor] = Tensor.detach) -> tuple:
     """What cbn_ext::backward takes after a forward pass; its tensors of the input's size go through `place`."""
-    x, residual, groups, _, _, _, weight, bias, training, relu, eps = arguments = forward_arguments(case, device)
+    x, residual, groups, _, _, _, weight, bias, mode, training, relu, eps = arguments = forward_arguments(case, device)
     _, mask, running, batch = torch.ops.cbn_ext.forward(*arguments)
     mask = mask if relu and residual is not None else None
     grad = place(case.arguments(device).grad)
-    return grad, place(x), mask, groups, running, batch, weight, bias, training, relu, case.detach, eps
+    return grad, place(x), mask, groups, running, batch, weight, bias, mode, training, relu, case.detach, eps
 
 
 QUANTITIES = Results(

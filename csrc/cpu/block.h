@@ -1,0 +1,98 @@
+// One block of channels of a problem, as vectors: one channel, whose neighbouring points are the lanes, or in
+// channels_last neighbouring channels of one point. What belongs to a channel is a vector too, with equal lanes in the
+// first case.
+#pragma once
+
+#include "../statistics.h"
+#include "tasks.h"
+#include "vec.h"
+
+namespace cbn {
+namespace {
+
+enum class Pass { kMoments, kNormalise, kGradientSums, kInputGradient };
+
+// Where a vector lies: `count` elements from `offset` on; the first of them is of `point` among the N S points.
+struct Place {
+  int64_t offset, count, point;
+};
+
+template <class E>
+struct Block {
+  using Memory = typename E::Memory;
+  using S = typename E::Scalar;
+  using V = Vec<S>;
+  static constexpr int kLanes = kLanesOf<S>;
+
+  const Work& work;
+  const Pass pass;
+  const int64_t first_channel;
+  int channels;  // of this block
+
+  Block(const Work& work, int64_t block, Pass pass)
+      : work(work), pass(pass), first_channel(work.channels_last ? block * kLanes : block) {
+    const int64_t left = work.channels - first_channel;
+    channels = !work.channels_last ? 1 : left < kLanes ? static_cast<int>(left) : kLanes;
+  }
+
+  const Memory* x() const { return static_cast<const Memory*>(work.x); }
+  const Memory* grad() const { return static_cast<const Memory*>(work.grad); }
+  Memory* out() const { return static_cast<Memory*>(work.out); }
+
+  // Calls visit(place) for all elements of the images [begin, end), a vector at a time.
+  template <class F>
+  CBN_METHOD void for_each_vector(int64_t begin, int64_t end, F visit) const {
+    const int64_t C = work.channels, S = work.spatial;
+    const bool last = work.channels_last;
+    // Rows of channels follow each other from image to image.
+    const int64_t together = last ? end - begin : 1;
+    const int64_t steps = last ? together * S : (S + kLanes - 1) / kLanes, stride = last ? C : kLanes;
+    const int64_t full = last ? channels : kLanes, tail = last ? channels : S - (steps - 1) * kLanes;
+    for (int64_t i = begin; i < end; i += together) {
+      const int64_t base = i * C * S + first_channel * (last ? 1 : S);
+      for (int64_t k = 0; k < steps; ++k)
+        visit(Place{base + k * stride, k + 1 < steps ? full : tail, i * S + k * (last ? 1 : kLanes)});
+    }
+  }
+
+  Component<S> component(int m, int j) const { return {work, m * work.channels + first_channel + j}; }
+
+  // Median of the sampled values of channel j in a row of Work::sampled.
+  __attribute__((noinline)) double sampled_origin(int row, int j) const {
+    const int64_t (&sampled)[kOriginSamples] = work.sampled[row];
+    if (sampled[0] < 0) return 0;
+    const Memory* channel = x() + (first_channel + j) * (work.channels_last ? 1 : work.spatial);
+    double values[kOriginSamples];
+    for (int k = 0; k < kOriginSamples; ++k) values[k] = static_cast<double>(load<E>(channel + sampled[k], 1)[0]);
+    return median(values);
+  }
+
+  // What z = x - origin is relative to in channel j, where all components share it: once there are batch statistics,
+  // the mean of the heaviest component, which lies among the points too; in evaluation that of the widest one. A value
+  // of S: x - origin is then what the coefficients are made for.
+  double origin(int j) const {
+    if (pass == Pass::kMoments) return sampled_origin(0, j);
+    Statistics chosen = component(0, j).used();
+    for (int m = 1; m < work.components; ++m) {
+      const Statistics other = component(m, j).used();
+      if (work.training ? other.mass > chosen.mass : other.var > chosen.var) chosen = other;
+    }
+    return chosen.mean;
+  }
+
+  // What channel j brings: into its lane, or, where it is the whole block, into all lanes.
+  CBN_METHOD void put(V& to, int j, double value) const {
+    if (work.channels_last)
+      to[j] = static_cast<S>(value);
+    else
+      to = Math<V>::splat(value);
+  }
+  template <template <class, int> class Rows, int M>
+  CBN_METHOD void put(Rows<V, M>& to, int k, int j, Rows<double, 1> from) const {
+    CBN_UNROLL
+    for (int i = 0; i < Rows<V, M>::kRows; ++i) put(to.row(i)[k], j, *from.row(i));
+  }
+};
+
+}  // namespace
+}  // namespace cbn

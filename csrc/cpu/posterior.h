@@ -1,0 +1,132 @@
+// Who weighs the components at a point: the template parameter of the loops in kernels.h.
+//
+// A posterior has mixtures of components; all points of an image are weighed by one of its mixtures. It gives
+//   kMixtures, mixtures()        how many of them are compiled, and how many there are
+//   kWeights, weights()          how many components each of them has, likewise
+//   origin                       [kMixtures] of z = x - origin
+//   component(mixture, k, j)     which of the M components weight k is of, in channel j of the block
+//   visit(begin, end, f)         f(weigh, mixture, first, last) for parts [first, last) of the images [begin, end)
+// where
+//   weigh(z, place, e)           gives the weights as e times the factor that it returns
+//   weigh.covariance(p, z, f)    is what the weights' own derivative adds to the gradient; absent where kConstant
+#pragma once
+
+#include "block.h"
+
+namespace cbn {
+namespace {
+
+// Each channel's mixture of M components: the responsibilities of the E-step, from the odds against the widest
+// component, which is stored first.
+template <class Elements, int M>
+class ChannelPosterior {
+ public:
+  using E = Elements;
+  using V = Vec<typename E::Scalar>;
+  static constexpr int kMixtures = 1, kWeights = M;
+  static constexpr bool kConstant = M == 1;
+
+  V origin[1] = {};
+
+  __attribute__((noinline)) explicit ChannelPosterior(const Block<E>& block) : components(block.work.components) {
+    for (int j = 0; j < block.channels; ++j) block.put(origin[0], j, block.origin(j));
+    if constexpr (M > 1) {
+      // Where one channel is not bounded, its neighbours in the vector take the other form too.
+      for (int j = 0; j < block.channels; ++j) bounded &= set_odds(block, j);
+      for (int j = 0; j < block.channels && !bounded; ++j) set_odds(block, j);
+    }
+  }
+
+  int mixtures() const { return 1; }
+  int weights() const { return components; }
+  int component(int, int k, int j) const { return stored_at(k, widest[j]); }
+
+  template <class F>
+  CBN_METHOD void visit(int64_t begin, int64_t end, F f) const {
+    if constexpr (M > 1) {
+      if (!bounded) return f(Weigh<false>{odds}, 0, begin, end);
+    }
+    f(Weigh<true>{odds}, 0, begin, end);
+  }
+
+ private:
+  template <bool kBounded>
+  struct Weigh {
+    const LogOdds<V, M>& odds;
+    CBN_METHOD V operator()(V z, const Place&, V (&e)[M]) const { return responsibilities<kBounded>(odds, z, e); }
+    CBN_METHOD V covariance(const V (&p)[M], V z, const V (&f)[M]) const {
+      return cbn::covariance<kBounded>(odds, p, z, f);
+    }
+  };
+
+  const int components;
+  bool bounded = true;
+  int widest[Block<E>::kLanes] = {};  // of each channel
+  LogOdds<V, M> odds{};
+
+  // Sets the odds of channel j, or, where some are not bounded, its log-densities; returns whether its odds are.
+  bool set_odds(const Block<E>& block, int j) {
+    const auto var = [&](int m) { return block.component(m, j).read(block.work.var, 0); };
+    for (int m = 1; m < components; ++m)
+      if (var(m) > var(widest[j])) widest[j] = m;
+    const double at = static_cast<double>(origin[0][j]);
+    const LogDensity first = block.component(widest[j], j).density();
+    bool all_bounded = true;
+    for (int k = 0; k < M; ++k) {
+      Parabola of{{0}, {0}, {kNoComponent}};  // of those that pad the components to M
+      if (k < components) {
+        const LogDensity density = k == 0 ? first : block.component(component(0, k, j), j).density();
+        if (!bounded)
+          of = parabola(density, at);
+        else if (k > 0)
+          all_bounded &= odds_parabola(density, first, at, of);
+      }
+      block.put(odds, k, j, of);
+    }
+    return all_bounded;
+  }
+};
+
+// Split mode (eqs 17-18): an image's group is its component, with weight 1.
+template <class Elements>
+class GroupPosterior {
+ public:
+  using E = Elements;
+  using V = Vec<typename E::Scalar>;
+  static constexpr int kMixtures = kMaxComponents, kWeights = 1;
+  static constexpr bool kConstant = true;
+
+  V origin[kMixtures];
+
+  __attribute__((noinline)) explicit GroupPosterior(const Block<E>& block)
+      : components(block.work.components), groups(block.work.groups) {
+    for (int m = 0; m < components; ++m) {
+      origin[m] = V{};
+      for (int j = 0; j < block.channels; ++j) {
+        const bool sampled = block.pass == Pass::kMoments;
+        block.put(origin[m], j, sampled ? block.sampled_origin(m, j) : block.component(m, j).used().mean);
+      }
+    }
+  }
+
+  int mixtures() const { return components; }
+  int weights() const { return 1; }
+  int component(int mixture, int, int) const { return mixture; }
+
+  template <class F>
+  CBN_METHOD void visit(int64_t begin, int64_t end, F f) const {
+    for (int64_t first = begin, last = begin; first < end; first = last) {
+      while (++last < end && groups[last] == groups[first]) continue;
+      f(*this, groups[first], first, last);
+    }
+  }
+
+  CBN_METHOD V operator()(V, const Place&, V (&e)[1]) const { return e[0] = Math<V>::splat(1); }
+
+ private:
+  const int components;
+  const int64_t* groups;  // [N]
+};
+
+}  // namespace
+}  // namespace cbn

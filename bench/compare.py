@@ -51,10 +51,13 @@ def compare(comparison: Comparison) -> tuple[list[TimeRow], list[MemoryRow]]:
         problems[components] = make_problem(replace(comparison.case, components=components))
     workloads = {member: set_up(member[0], problems[member[1]]) for member in comparison.members}
     for components, problem in problems.items():
-        expected = expected_results(problem)
+        expected = {}
         for (provider, its_components), workload in workloads.items():
             if its_components == components:
-                check(provider, problem.case, results(workload), expected)
+                split = workload.provider.split
+                if split not in expected:
+                    expected[split] = expected_results(problem, groups=problem.groups if split else None)
+                check(provider, problem.case, results(workload), expected[split])
         del expected
 
     times = time_interleaved(workloads)

@@ -14,13 +14,13 @@ import cbn_ext
 from bench.compare import Comparison, compare
 from bench.harness import BOTH, MemoryRow, TimeRow
 from bench.plot import plot
-from bench.providers import BATCHNORM, BATCHNORM_COMPILED, OURS, REFERENCE, REFERENCE_COMPILED, Case
+from bench.providers import BATCHNORM, BATCHNORM_COMPILED, OURS, OURS_SPLIT, REFERENCE, REFERENCE_COMPILED, Case
 from bench.report import Report, Target, memory_table, target_table, time_table
 
 THREADS = 2
 SHAPES = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (16, 256, 56, 56))
 
-_LAYERS = ((OURS, 4), (BATCHNORM, 1), (OURS, 1), (BATCHNORM_COMPILED, 1))
+_LAYERS = ((OURS, 4), (BATCHNORM, 1), (OURS, 1), (OURS_SPLIT, 4), (BATCHNORM_COMPILED, 1))
 _ALL = (*_LAYERS, (REFERENCE, 4), (REFERENCE_COMPILED, 4))
 COMPARISONS = (
     *(Comparison(Case(shape), _ALL) for shape in SHAPES),
@@ -141,6 +141,7 @@ _HOW = """## How this was measured
 - Every provider's output and gradients were compared with the float64 reference before it was timed.
 - GB/s counts, for every provider, one read and one write of a tensor of the input's size forward, two reads
   and one write backward.
+- *cbn_ext split* normalises each image with the component of its group; the groups are random, as large as each other.
 - *reference* is the formula in plain PyTorch operations with autograd, `cbn_ext.reference.forward`.
 - *mixed* data, where nothing is said: the components share the responsibility for every value; *saturated*:
   each value belongs to one component; *constant*: every other channel is constant.

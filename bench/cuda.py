@@ -19,6 +19,7 @@ from bench.providers import (
     OURS,
     OURS_ADD_RELU,
     OURS_RELU,
+    OURS_SPLIT,
     PROVIDERS,
     REFERENCE,
     REFERENCE_COMPILED,
@@ -59,6 +60,7 @@ def comparisons() -> list[Comparison]:
         *_phase("plain", _PLAIN, SHAPES, both),
         *_phase("fused", _UNIT + _FUSED, SHAPES, both),
         *_phase(EAGER, (*_PLAIN, (OURS, 1)), EAGER_SHAPES, single, contiguous),
+        *_phase("split", ((OURS_SPLIT, 4), *_UNIT), SHAPES, both),
         *_phase("compiled", _PLAIN + _FUSED + _COMPILED, SHAPES, both),
         # The eager reference takes dozens of times the others' time and memory.
         *_phase("reference", _PLAIN + _REFERENCE, SHAPES[:3], both),

@@ -170,8 +170,9 @@ def measure(comparison: Comparison, timer: Timer, copy_gb_per_s: float, found: M
         try:
             workload = set_up(name, problems[components])
             provider = workload.provider
-            # One more compilation, for which the time is too dear; settings are compared in training alone.
-            evaluation = not (provider.compiled or provider.settings)
+            # One more compilation, for which the time is too dear; settings are compared in training alone, and in
+            # evaluation there are no groups.
+            evaluation = not (provider.compiled or provider.settings or provider.split)
             with cuda_settings(provider.settings):
                 checked(name, workload, evaluation)
                 memory = _memory(name, workload, timer)
@@ -238,7 +239,7 @@ class _Check:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, Sequence[Tensor]] = {}
+        self._kept: dict[tuple[int, bool], Sequence[Tensor]] = {}
 
     def __call__(self, name: str, workload: LayerWorkload, evaluation: bool) -> None:
         problem, operation = workload.problem, workload.provider.operation
@@ -250,10 +251,12 @@ class _Check:
             y = workload.evaluate()[:, channels]
             check(f"{name} in evaluation", case, [y], [expected_evaluation(part, operation)])
         actual = [result[:, channels] for result in results(workload)]
-        if operation == NORM and case.components not in self._kept:
-            self._kept[case.components] = expected_results(part, block_elements=_CHECKED_ELEMENTS)
+        key = case.components, workload.provider.split
+        if operation == NORM and key not in self._kept:
+            groups = problem.groups if workload.provider.split else None
+            self._kept[key] = expected_results(part, block_elements=_CHECKED_ELEMENTS, groups=groups)
         if operation == NORM:
-            expected = self._kept[case.components]
+            expected = self._kept[key]
         else:
             expected = expected_results(part, operation, actual[0], block_elements=_CHECKED_ELEMENTS)
         check(name, case, actual, expected, operation)

@@ -147,9 +147,10 @@ _HOW = """## How this was measured
   replay of a turn is not counted.
 - What is compared stands in one comparison, a *phase* (CSV) has one for each input. Ratios are of times from one
   comparison; other figures of layers that several phases measure are those of the first. Phases, in this order: *plain*
-  (ours, M=4, and nn.BatchNorm2d), *fused* and *compiled* in float32 and bfloat16; the *reference* at three shapes;
-  *components*, M = 1, 2 and 8, in contiguous tensors; *float16* and *batch 256* without compiled layers; *saturated*
-  and *constant* data. *evaluation forward* is not measured for compiled layers.
+  (ours, M=4, and nn.BatchNorm2d), *fused*, *split* and *compiled* in float32 and bfloat16; the *reference* at three
+  shapes; *components*, M = 1, 2 and 8, in contiguous tensors; *float16* and *batch 256* without compiled layers;
+  *saturated* and *constant* data. *evaluation forward* is not measured for compiled layers and split ones.
+- *split*: each image is normalised with the component of its group; the groups are random, as large as each other.
 - *Eager* steps, small inputs only: many are queued, then the device is waited for once; a step's share of the wall
   clock. That is what the host needs.
 - L2 *cold*, where nothing is said: a graph's steps each have input, output and gradients of their own, together at

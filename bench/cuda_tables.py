@@ -18,6 +18,7 @@ from bench.providers import (
     OURS,
     OURS_ADD_RELU,
     OURS_RELU,
+    OURS_SPLIT,
     REFERENCE,
     REFERENCE_COMPILED,
     shape_label,
@@ -31,6 +32,9 @@ _RELATIONS = (
     (OURS, BATCHNORM, BOTH),
     (OURS, BATCHNORM, EVALUATION),
     (OURS, BATCHNORM_COMPILED, BOTH),
+    (OURS_SPLIT, BATCHNORM, FORWARD),
+    (OURS_SPLIT, BATCHNORM, BACKWARD),
+    (OURS_SPLIT, BATCHNORM, BOTH),
     (OURS_RELU, BATCHNORM_RELU, BOTH),
     (OURS_RELU, BATCHNORM_RELU_COMPILED, BOTH),
     (OURS_ADD_RELU, BATCHNORM_ADD_RELU, BOTH),
@@ -95,9 +99,10 @@ def mean_table(rows: Sequence[CudaRow]) -> Table:
 def shape_table(rows: Sequence[CudaRow]) -> Table:
     """Every case: nn.BatchNorm2d's time, ours in its units, and the fused layers in those of what they replace."""
     times = Times(rows)
-    header = ("input", "BatchNorm2d, µs", "ours, µs", "forward", "backward", "both", "evaluation", "+ ReLU", "compiled")
-    header += ("+ add + ReLU", "compiled", "forward, % of copy", "backward, % of copy")
+    header = ("input", "BatchNorm2d, µs", "ours, µs", "forward", "backward", "both", "evaluation", "split")
+    header += ("+ ReLU", "compiled", "+ add + ReLU", "compiled", "forward, % of copy", "backward, % of copy")
     pairs = [(OURS, BATCHNORM, direction) for direction in (*DIRECTIONS, EVALUATION)]
+    pairs.append((OURS_SPLIT, BATCHNORM, BOTH))
     pairs += [(OURS_RELU, other, BOTH) for other in (BATCHNORM_RELU, BATCHNORM_RELU_COMPILED)]
     pairs += [(OURS_ADD_RELU, other, BOTH) for other in (BATCHNORM_ADD_RELU, BATCHNORM_ADD_RELU_COMPILED)]
     return by_case(

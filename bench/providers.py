@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from cbn_ext import CompoundBatchNorm2d, CompoundBatchNormAct2d, reference
 NORM, RELU, ADD_RELU = OPERATIONS = ("norm", "norm + ReLU", "norm + add + ReLU")
 
 OURS, OURS_RELU, OURS_ADD_RELU = "cbn_ext", "cbn_ext + ReLU", "cbn_ext + add + ReLU"
+OURS_SPLIT = "cbn_ext split"
 BATCHNORM, BATCHNORM_COMPILED = "BatchNorm2d", "BatchNorm2d compiled"
 BATCHNORM_RELU, BATCHNORM_RELU_COMPILED = "BatchNorm2d + ReLU", "BatchNorm2d + ReLU compiled"
 BATCHNORM_ADD_RELU, BATCHNORM_ADD_RELU_COMPILED = "BatchNorm2d + add + ReLU", "BatchNorm2d + add + ReLU compiled"
@@ -24,12 +25,17 @@ REFERENCE, REFERENCE_COMPILED = "reference", "reference compiled"
 
 
 class Provider(NamedTuple):
-    """How a result is made. settings: CBN_CUDA_NAME to value, for the CUDA operators, which else choose themselves."""
+    """How a result is made.
+
+    settings: CBN_CUDA_NAME to value, for the CUDA operators, which else choose themselves.
+    split: each image is normalised with the component of its group.
+    """
 
     layer: str
     operation: str = NORM
     compiled: bool = False
     settings: Mapping[str, int] = {}
+    split: bool = False
 
 
 #: Settings that are compared with the operators' own choice: of the streaming path, then of the resident one.
@@ -43,6 +49,7 @@ PROVIDERS = {
     OURS: Provider("cbn_ext"),
     OURS_RELU: Provider("cbn_ext", RELU),
     OURS_ADD_RELU: Provider("cbn_ext", ADD_RELU),
+    OURS_SPLIT: Provider("cbn_ext", split=True),
     BATCHNORM: Provider("BatchNorm2d"),
     BATCHNORM_RELU: Provider("BatchNorm2d", RELU),
     BATCHNORM_ADD_RELU: Provider("BatchNorm2d", ADD_RELU),
@@ -117,13 +124,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """The tensors of a case: x, grad_output and residual (N, C, H, W); the layer's state, name to (M, C)."""
+    """The tensors of a case: x, grad_output, residual (N, C, H, W); groups (N,); the layer's state, name to (M, C)."""
 
     case: Case
     x: Tensor
     grad_output: Tensor
     residual: Tensor
     state: dict[str, Tensor] = field(repr=False)
+    groups: Tensor
 
 
 def make_problem(case: Case) -> Problem:
@@ -166,6 +174,8 @@ def make_problem(case: Case) -> Problem:
         grad_output.to(**layout),
         residual.to(**layout).requires_grad_(),
         {name: value.to(state_dtype) for name, value in state.items()},
+        # As many images in each group, where their number allows it.
+        torch.randperm(case.shape[0], **draw) % m,
     )
 
 
@@ -214,7 +224,8 @@ class LayerWorkload:
     def forward(self) -> Tensor:
         """y (N, C, H, W)."""
         inputs = (self.problem.x, self.problem.residual)
-        return self.layer(*(inputs if self.provider.operation == ADD_RELU else inputs[:1]))
+        with cbn_ext.split_path(self.problem.groups) if self.provider.split else nullcontext():
+            return self.layer(*(inputs if self.provider.operation == ADD_RELU else inputs[:1]))
 
     def backward(self, output: Tensor) -> tuple[Tensor, ...]:
         """Gradients of x (N, C, H, W), weight and bias, (M, C) or (C,), and of what was added (N, C, H, W)."""
@@ -282,13 +293,20 @@ def part_of(problem: Problem, channels: slice | Tensor) -> Problem:
         problem.grad_output[:, channels],
         problem.residual.detach()[:, channels],
         {name: value[:, channels] for name, value in problem.state.items()},
+        problem.groups,
     )
 
 
 def expected_results(
-    problem: Problem, operation: str = NORM, output: Tensor | None = None, block_elements: int = 2**20
+    problem: Problem,
+    operation: str = NORM,
+    output: Tensor | None = None,
+    block_elements: int = 2**20,
+    groups: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """What `LayerWorkload`'s step is to give, y and then the gradients, by the reference in float64.
+
+    With `groups` (N,) it is the step of split normalization.
 
     Channels are computed in blocks: the reference holds dozens of tensors as large as M inputs. With a ReLU the
     gradient passes where `output`, the provider's own y, is positive: near zero, rounding decides.
@@ -301,7 +319,7 @@ def expected_results(
         x, grad = part.x.double().requires_grad_(), part.grad_output.double()
         state = {name: value.double() for name, value in part.state.items()}
         weight, bias = state.pop("weight").requires_grad_(), state.pop("bias").requires_grad_()
-        normalised = _reference(x, *state.values(), weight, bias, training=True)
+        normalised = _reference(x, groups, *state.values(), weight, bias, training=True)
         y = _activate(normalised.detach(), part, operation)
         if operation != NORM:
             grad = torch.where(output[:, start : start + width] > 0, grad, 0)
@@ -313,11 +331,11 @@ def expected_results(
 def expected_evaluation(problem: Problem, operation: str = NORM) -> Tensor:
     """What `LayerWorkload.evaluate` is to give, by the reference in float64."""
     state = (value.double() for value in problem.state.values())
-    return _activate(_reference(problem.x.detach().double(), *state, training=False), problem, operation)
+    return _activate(_reference(problem.x.detach().double(), None, *state, training=False), problem, operation)
 
 
-def _reference(x: Tensor, *state: Tensor, training: bool) -> Tensor:
-    return reference.forward(x, None, None, *state, training=training, relu=False, eps=EPS)[0]
+def _reference(x: Tensor, groups: Tensor | None, *state: Tensor, training: bool) -> Tensor:
+    return reference.forward(x, None, groups, *state, training=training, relu=False, eps=EPS)[0]
 
 
 def _activate(y: Tensor, problem: Problem, operation: str) -> Tensor:

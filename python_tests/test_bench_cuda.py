@@ -21,6 +21,7 @@ from bench.providers import (
     OURS,
     OURS_ADD_RELU,
     OURS_RELU,
+    OURS_SPLIT,
     PROVIDERS,
     Case,
 )
@@ -103,6 +104,15 @@ def test_rows_of_a_comparison():
     assert (found.kernels[0].kernel, found.kernels[0].device_us, found.kernels[1].calls) == (f"{OURS} forward", 7.0, 2)
     assert [row.in_out // SMALL.tensor_bytes for row in found.memory] == [4, 4, 6, 6]
     assert found.failures == []
+
+
+def test_split_mode_is_checked_by_its_groups_and_not_in_evaluation():
+    found = measured(FakeTimer(TIMES | {OURS_SPLIT: 5.0}), ((OURS_SPLIT, 4), *MEMBERS[:2]))
+    assert found.failures == []
+    rows = {(row.provider, row.direction): row for row in found.times if row.l2 == "cold"}
+    assert rows[OURS_SPLIT, BOTH].ratio_to_batchnorm == 0.25
+    assert (OURS, EVALUATION) in rows
+    assert (OURS_SPLIT, EVALUATION) not in rows
 
 
 def test_memory_and_kernels_of_what_is_measured_again_are_those_of_the_first_time():
@@ -212,12 +222,12 @@ def test_the_plan_has_each_case_once_in_a_phase_and_the_most_important_phases_fi
     plan = cuda.comparisons()
     both = {torch.float32, torch.bfloat16}
     assert list(dict.fromkeys(c.phase for c in plan)) == [
-        *("plain", "fused", "eager", "compiled", "reference", "components", "float16", "batch 256"),
+        *("plain", "fused", "eager", "split", "compiled", "reference", "components", "float16", "batch 256"),
         *("saturated", "constant"),
     ]
     assert [c.phase for c in plan] == sorted((c.phase for c in plan), key=[c.phase for c in plan].index)
     assert len({(c.phase, c.case) for c in plan}) == len(plan)
-    for phase in ("plain", "fused", "compiled"):
+    for phase in ("plain", "fused", "split", "compiled"):
         cases = [c.case for c in plan if c.phase == phase]
         assert {(c.shape, c.layout, c.dtype) for c in cases} == {
             (shape, layout, dtype) for shape in cuda.SHAPES for layout in cuda.LAYOUTS for dtype in both
@@ -239,7 +249,9 @@ def test_what_a_phase_compares_is_in_each_of_its_comparisons():
     """Ratios are made within a comparison."""
     members = {c.phase: {name for name, _ in c.members} for c in cuda.comparisons()}
     assert {OURS_RELU, BATCHNORM_RELU, OURS_ADD_RELU, BATCHNORM_ADD_RELU} <= members["fused"]
-    assert {name for name, p in PROVIDERS.items() if p.layer != "reference" and not p.settings} == members["compiled"]
+    assert {OURS_SPLIT, BATCHNORM} == members["split"]
+    others = {name for name, p in PROVIDERS.items() if p.layer == "reference" or p.settings or p.split}
+    assert PROVIDERS.keys() - others == members["compiled"]
     assert {OURS, providers.REFERENCE, providers.REFERENCE_COMPILED} <= members["reference"]
 
 

@@ -16,6 +16,7 @@ from bench.providers import (
     OURS,
     OURS_ADD_RELU,
     OURS_RELU,
+    OURS_SPLIT,
     PROVIDERS,
     REFERENCE,
     REFERENCE_COMPILED,
@@ -60,6 +61,20 @@ def test_problems_are_repeatable_and_x_the_same_for_any_number_of_components(dat
     assert torch.equal(first.grad_output, one.grad_output)
 
 
+def test_groups_are_of_one_size_and_in_no_order():
+    groups = providers.make_problem(Case((20, 2, 2, 2))).groups
+    assert groups.bincount().tolist() == [5] * 4
+    assert groups.diff().unique().numel() > 3
+
+
+def test_results_without_the_groups_are_not_those_of_split_mode():
+    problem = providers.make_problem(SMALL)
+    expected = providers.expected_results(problem, groups=problem.groups)
+    actual = providers.results(providers.set_up(OURS, problem))
+    with pytest.raises(providers.WrongResultError, match="y differs"):
+        providers.check(OURS, problem.case, actual, expected)
+
+
 def test_channels_last_problems_are_channels_last():
     problem = providers.make_problem(replace(SMALL, layout="channels_last"))
     for tensor in (problem.x, problem.grad_output):
@@ -91,6 +106,7 @@ def test_compiled_providers_are_compiled(provider):
         (OURS, 1),
         (OURS_RELU, 4),
         (OURS_ADD_RELU, 4),
+        (OURS_SPLIT, 4),
         (BATCHNORM, 1),
         (BATCHNORM_RELU, 1),
         (BATCHNORM_ADD_RELU, 1),
@@ -104,7 +120,8 @@ def test_every_provider_passes_the_check_and_keeps_its_running_statistics(provid
     providers.check(provider, problem.case, [workload.evaluate()], [providers.expected_evaluation(problem, operation)])
     assert workload.layer.training
     actual = providers.results(workload)
-    expected = providers.expected_results(problem, operation, actual[0])
+    groups = problem.groups if workload.provider.split else None
+    expected = providers.expected_results(problem, operation, actual[0], groups=groups)
     assert len(actual) == len(expected) == (5 if operation == ADD_RELU else 4)
     providers.check(provider, problem.case, actual, expected, operation)
     kept = workload.layer.running_mean.reshape(components, -1)

@@ -164,18 +164,9 @@ def expected_evaluation(problem: Problem, operation: str = NORM) -> Tensor:
     return _activate(run_reference(problem.x.detach().double(), *state, training=False)[0], problem, operation)
 
 
-def run_reference(
-    x: Tensor,
-    prior: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    training: bool,
-    groups: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """y like x (N, C, H, W), and the batch's statistics (3, M, C), of a layer's state (M, C)."""
+def run_reference(x: Tensor, *state: Tensor, training: bool, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """y like x (N, C, H, W), and the batch's statistics (3, M, C), of a layer's state, (M, C) each."""
+    prior, mean, var, weight, bias = state
     y, _, _, batch = reference.forward(
         x, residual=None, groups=groups, prior=prior, mean=mean, var=var, weight=weight, bias=bias,
         training=training, relu=False, eps=EPS,

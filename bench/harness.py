@@ -1,6 +1,7 @@
 """What every benchmark shares: interleaved timing, peak memory, throughput by one byte formula, and rows of results.
 
-Nothing here knows what is measured: a workload is anything with `forward()` and `backward(output)`.
+Nothing here knows what is measured: a workload is anything that can be timed, by default what has `forward()` and
+`backward(output)`.
 """
 
 import ctypes
@@ -12,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ TENSORS_MOVED = {FORWARD: 2, BACKWARD: 3, BOTH: 5, EVALUATION: 2}
 RESIDUALS_MOVED = {FORWARD: 1, BACKWARD: 1, BOTH: 2, EVALUATION: 1}
 
 Key = TypeVar("Key", bound=Hashable)
+Workload = TypeVar("Workload")
 
 
 @dataclass(frozen=True)
@@ -87,16 +89,6 @@ class MemoryRow(Row):
     resident: int | None
 
 
-class Workload(Protocol):
-    """One layer on one input, in training mode."""
-
-    def forward(self) -> Tensor:
-        """The output, with its autograd graph."""
-
-    def backward(self, output: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of the input and the parameters, by `output`'s graph."""
-
-
 @dataclass(frozen=True)
 class Summary:
     """Microseconds a call."""
@@ -124,7 +116,7 @@ def gigabytes_per_second(direction: str, tensor_bytes: int, microseconds: float,
     return tensors * tensor_bytes / (microseconds * 1e3)
 
 
-def wall_clock(workload: Workload) -> dict[str, float]:
+def wall_clock(workload: Any) -> dict[str, float]:
     """Microseconds of one step in each direction. For the CPU, where a call returns when its work is done."""
     start = time.perf_counter_ns()
     output = workload.forward()

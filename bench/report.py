@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -36,10 +37,9 @@ class Target:
 
     @property
     def met(self) -> bool:
-        """Whether the value keeps the limit."""
-        if self.value is None:
-            return False
-        return self.value <= self.limit if self.relation == "≤" else self.value >= self.limit
+        """The value was measured and keeps the limit."""
+        keeps = {"≤": operator.le, "≥": operator.ge}[self.relation]
+        return self.value is not None and keeps(self.value, self.limit)
 
     @property
     def cells(self) -> list[str]:

@@ -57,38 +57,27 @@ class KernelRow(Row):
     device_us: float
 
 
-@dataclass(frozen=True)
-class Failure:
-    """What could not be measured, and why. ours: for this package to mend."""
-
-    what: str
-    where: str
-    error: str
-    ours: bool
-
-    @classmethod
-    def of(cls, what: str, case: Case, error: Exception, ours: bool) -> "Failure":
-        """What an error has to say in its first line."""
-        first_line = next(iter(str(error).splitlines()), "")
-        return cls(what, str(case), f"{type(error).__name__}: {first_line}", ours)
-
-    def __str__(self) -> str:
-        return f"{self.what}, {self.where}: {self.error}"
-
-
 @dataclass
 class Measured:
     """What has been found out so far; memory and kernels of what several phases measure are those of the first.
 
-    left_out: by phase, the cases that the time did not suffice for.
+    failures: what could not be measured, and why. broken: some of that is for this package to mend. left_out: by phase,
+    the cases that the time did not suffice for.
     """
 
     times: list[CudaRow] = field(default_factory=list)
     memory: list[MemoryRow] = field(default_factory=list)
     kernels: list[KernelRow] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    broken: bool = False
     left_out: dict[str, list[str]] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def fail(self, what: str, case: Case, error: Exception, ours: bool = False) -> None:
+        """Note the first line of what an error has to say; `ours`: it is for this package to mend."""
+        first_line = next(iter(str(error).splitlines()), "")
+        self.failures.append(f"{what}, {case}: {type(error).__name__}: {first_line}")
+        self.broken |= ours
 
     @property
     def warnings(self) -> list[str]:
@@ -136,7 +125,7 @@ def run(
                 found.left_out.setdefault(rest.phase, []).append(f"{rest.case} ({why})")
             break
         except Exception as error:  # such as memory that does not suffice for the inputs: the others are measured
-            found.failures.append(Failure.of("the inputs", case, error, ours=False))
+            found.fail("the inputs", case, error)
         finally:
             found.seconds = clock() - start
             save(found)
@@ -160,12 +149,11 @@ def measure(comparison: Comparison, timer: Timer, copy_gb_per_s: float, found: M
         try:
             yield
         except Exception as error:
-            failure = Failure.of(what, case, error, ours)
-            found.failures.append(failure)
+            found.fail(what, case, error, ours)
             try:
                 timer.synchronize()
             except Exception as sticky:
-                raise DeviceLostError(str(failure)) from sticky
+                raise DeviceLostError(found.failures[-1]) from sticky
 
     problems = _problems(comparison)
     steps = rotated_steps(case, timer.cache_bytes)

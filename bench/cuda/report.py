@@ -56,10 +56,10 @@ def run(seconds: float, folder: Path, swept: bool = False) -> int:
         (folder / f"{name}{ending}.csv").unlink(missing_ok=True)
     comparisons = plan.sweep() if swept else plan.comparisons()
     found = measure.run(timer, environment["copy_gb_per_s"], comparisons, seconds, save)
-    report = (sweep_report if swept else make_report)(environment, found)
+    report = make_report(environment, found, swept)
     report.show(count=4)  # the others are too wide for a terminal
     report.write(folder)
-    return int(any(failure.ours for failure in found.failures))
+    return int(found.broken)
 
 
 def csv_of(found: Measured) -> dict[str, Sequence[Any]]:
@@ -106,47 +106,42 @@ def _summary_tables(e: Environment, found: Measured) -> list[Table]:
     ]
 
 
-def make_report(e: Environment, found: Measured) -> Report:
-    """Everything that was found out."""
+def make_report(e: Environment, found: Measured, swept: bool = False) -> Report:
+    """Everything that was found out, by the benchmark or by the sweep over settings."""
+    return Report(
+        kind="cuda",
+        environment=e,
+        facts=f"{_facts(e)} Measured in {found.seconds:.0f} s.",
+        csv=sweep.csv_of(found) if swept else csv_of(found),
+        tables=sweep.tables(found) if swept else _tables(e, found),
+        text=sweep.HOW if swept else _HOW,
+        pictures={} if swept else _pictures(e, found),
+        warnings=found.warnings,
+        part="-sweep" if swept else "",
+    )
+
+
+def _tables(e: Environment, found: Measured) -> list[Table]:
     times = Times(found.times)
+    return [
+        *_summary_tables(e, found),
+        mean_table(times),
+        shape_table(times),
+        pass_table(times, found.kernels, e["copy_gb_per_s"]),
+        cifar_table(found.times),
+        component_table(times),
+        memory_table(found.memory),
+        kernel_table(times, [shape_label(shape) for shape in plan.SHAPES[:2]]),
+    ]
+
+
+def _pictures(e: Environment, found: Measured) -> dict[str, tuple[list[CudaRow], str]]:
     drawn = {(OURS + operation, 4) for operation in OPERATIONS}
     drawn |= {(BATCHNORM + operation + COMPILED, 1) for operation in OPERATIONS}
-    shown = [row for row in times.rows.values() if row.member in drawn and row.ratio_to_batchnorm]
+    shown = [row for row in Times(found.times).rows.values() if row.member in drawn and row.ratio_to_batchnorm]
     title = f"{e['device']}; unit: eager nn.BatchNorm2d with the same operations"
     by_dtype = {dtype: [row for row in shown if row.dtype == dtype] for dtype in DTYPES}
-    return Report(
-        kind="cuda",
-        environment=e,
-        facts=f"{_facts(e)} Measured in {found.seconds:.0f} s.",
-        csv=csv_of(found),
-        tables=[
-            *_summary_tables(e, found),
-            mean_table(times),
-            shape_table(times),
-            pass_table(times, found.kernels, e["copy_gb_per_s"]),
-            cifar_table(found.times),
-            component_table(times),
-            memory_table(found.memory),
-            kernel_table(times, [shape_label(shape) for shape in plan.SHAPES[:2]]),
-        ],
-        text=_HOW,
-        pictures={f"-{dtype}": (rows, f"{dtype}, {title}") for dtype, rows in by_dtype.items() if rows},
-        warnings=found.warnings,
-    )
-
-
-def sweep_report(e: Environment, found: Measured) -> Report:
-    """What the sweep over settings found out."""
-    return Report(
-        kind="cuda",
-        environment=e,
-        facts=f"{_facts(e)} Measured in {found.seconds:.0f} s.",
-        csv=sweep.csv_of(found),
-        tables=sweep.tables(found),
-        text=sweep.HOW,
-        warnings=found.warnings,
-        part="-sweep",
-    )
+    return {f"-{dtype}": (rows, f"{dtype}, {title}") for dtype, rows in by_dtype.items() if rows}
 
 
 _HOW = """## How this was measured

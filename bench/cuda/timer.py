@@ -210,23 +210,17 @@ def kernels_by_direction(
     Raises:
         RuntimeError: the trace is not that of as many replays as there are graphs.
     """
-    replays = split_replays(trace)
+    replays: list[list[tuple[str, float]]] = []
+    for name, microseconds in trace:
+        if _MARKER in name:
+            replays.append([])
+        elif replays:
+            replays[-1].append((name, microseconds))
     if len(replays) != (expected := sum(graphs for graphs, _ in captured)):
         raise RuntimeError(f"expected the trace of {expected} replays, got that of {len(replays)}")
     remaining = iter(replays)
     directions = FORWARD, BACKWARD, EVALUATION
     return [{d: summed(next(remaining), steps) for d in directions[:graphs]} for graphs, steps in captured]
-
-
-def split_replays(events: Iterable[tuple[str, float]]) -> list[list[tuple[str, float]]]:
-    """Events (name, microseconds), in the order of their starts, by the marker that they follow."""
-    replays: list[list[tuple[str, float]]] = []
-    for name, microseconds in events:
-        if _MARKER in name:
-            replays.append([])
-        elif replays:
-            replays[-1].append((name, microseconds))
-    return replays
 
 
 def summed(replay: Iterable[tuple[str, float]], steps: int) -> list[Kernel]:

@@ -9,7 +9,7 @@ import pytest
 
 from bench.cases import ADD_RELU, RELU
 from bench.cuda import plan, report, tables
-from bench.cuda.measure import CudaRow, Failure, KernelRow, Measured
+from bench.cuda.measure import CudaRow, KernelRow, Measured
 from bench.cuda.tables import Times, pass_percents, targets
 from bench.harness import BACKWARD, BOTH, DIRECTIONS, EVALUATION, FORWARD, MemoryRow
 from bench.providers import BATCHNORM, COMPILED, OURS, REFERENCE
@@ -105,7 +105,7 @@ def test_the_sweep_names_the_fastest_setting_of_either_path():
         )
         rows += rows_of(streaming, kernels="cbn::reduce_kernel<a>; cbn::map_kernel<b>", **case)
         rows += rows_of(resident, kernels="cbn::resident_kernel<a>", **case)
-    swept = report.sweep_report(ENVIRONMENT, Measured(times=rows, left_out={"sweep": ["somewhere"]}))
+    swept = report.make_report(ENVIRONMENT, Measured(times=rows, left_out={"sweep": ["somewhere"]}), swept=True)
     settings, forward, backward = swept.tables
     shared = ["reduce; map", "12.0", "cbn_ext cluster=0 blocks=8 ahead=7", "16.0", "cbn_ext cluster=8 threads=256"]
     assert backward.sections == [
@@ -206,7 +206,7 @@ def test_report_has_all_tables_failures_and_what_was_left_out(tmp_path):
         times=times,
         memory=[MemoryRow(OURS, "64x256x56x56", "float32", "contiguous", 4, "mixed", 9, 2 * 64 * 256 * 56 * 56, None)],
         kernels=kernel_rows(),
-        failures=[Failure("reference", "somewhere", "OutOfMemoryError: too big", False)],
+        failures=["reference, somewhere: OutOfMemoryError: too big"],
         left_out={"float16": ["1x1x1x1", "2x2x2x2"]},
         seconds=12.3,
     )

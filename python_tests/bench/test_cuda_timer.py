@@ -12,7 +12,6 @@ from bench.cuda.timer import (
     listed,
     run_steps,
     short_name,
-    split_replays,
     step_times,
     summed,
 )
@@ -110,9 +109,11 @@ def test_memory_of_what_is_returned_twice_counts_once():
     assert distinct_bytes([first, second, first]) == 64 + 32
 
 
-def test_replays_are_told_apart_by_the_marker():
-    events = [("before", 1.0), ("spin_kernel(long)", 9.0), ("a", 1.0), ("b", 2.0), ("spin_kernel(long)", 9.0)]
-    assert split_replays(events) == [[("a", 1.0), ("b", 2.0)], []]
+def test_replays_are_told_apart_by_the_marker_and_may_be_empty():
+    trace = [("before", 1.0), SPIN, ("a", 1.0), ("b", 2.0), SPIN]
+    assert kernels_by_direction(trace, [(2, 1)]) == [
+        {FORWARD: [Kernel("a", 1, 1.0), Kernel("b", 1, 2.0)], BACKWARD: []}
+    ]
 
 
 def test_kernels_are_summed_by_name_for_one_step():

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
-from bench import cpu, cuda_report, network, sass
-from bench.providers import WrongResultError
+import bench.cuda.report
+import bench.sass.report
+from bench import cpu, network
+from bench.cases import WrongResultError
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -28,21 +30,16 @@ def main() -> None:
     parser.add_argument("--library", type=Path, help="what sass reads; default: the CUDA library of cbn_ext")
     arguments = parser.parse_args()
     if arguments.part == "sass":
-        sass.run(arguments.library, RESULTS)
-        return
+        bench.sass.report.run(arguments.library, RESULTS)
     if arguments.part == "network":
         sys.exit(network.run(arguments.device, arguments.seconds, RESULTS))
-    cuda_too = arguments.part is None and torch.cuda.is_available()
     if arguments.part in (None, "cpu"):
         try:
-            report = cpu.run()
+            cpu.run(RESULTS)
         except WrongResultError as error:
             sys.exit(f"nothing was timed: {error}")
-        report.show()
-        for path in report.write(RESULTS):
-            print(f"wrote bench/results/{path.name}")
-    if arguments.part == "cuda" or cuda_too:
-        sys.exit(cuda_report.run(arguments.seconds, RESULTS, arguments.sweep))
+    if arguments.part == "cuda" or (arguments.part is None and torch.cuda.is_available()):
+        sys.exit(bench.cuda.report.run(arguments.seconds, RESULTS, arguments.sweep))
 
 
 if __name__ == "__main__":

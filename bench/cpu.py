@@ -2,26 +2,44 @@
 
 import os
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import date
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from statistics import geometric_mean
 
 import torch
 
 import cbn_ext
-from bench.compare import Comparison, compare
-from bench.harness import BOTH, MemoryRow, TimeRow
-from bench.plot import plot
-from bench.providers import BATCHNORM, BATCHNORM_COMPILED, OURS, REFERENCE, REFERENCE_COMPILED, Case
-from bench.report import Report, Target, memory_table, target_table, time_table
+from bench.cases import Case, make_problem
+from bench.harness import (
+    BOTH,
+    DIRECTIONS,
+    MemoryRow,
+    TimeRow,
+    allocated_peak,
+    gigabytes_per_second,
+    resident_peak,
+    time_interleaved,
+)
+from bench.providers import (
+    BATCHNORM,
+    COMPILED,
+    OURS,
+    REFERENCE,
+    SPLIT,
+    Checker,
+    Comparison,
+    LayerWorkload,
+    set_up,
+)
+from bench.report import Environment, Report, Table, Target, number, target_table, versions
 
 THREADS = 2
 SHAPES = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (16, 256, 56, 56))
 
-_LAYERS = ((OURS, 4), (BATCHNORM, 1), (OURS, 1), (BATCHNORM_COMPILED, 1))
-_ALL = (*_LAYERS, (REFERENCE, 4), (REFERENCE_COMPILED, 4))
+_LAYERS = ((OURS, 4), (BATCHNORM, 1), (OURS, 1), (OURS + SPLIT, 4), (BATCHNORM + COMPILED, 1))
+_ALL = (*_LAYERS, (REFERENCE, 4), (REFERENCE + COMPILED, 4))
 COMPARISONS = (
     *(Comparison(Case(shape), _ALL) for shape in SHAPES),
     *(Comparison(Case(shape, layout="channels_last"), _LAYERS) for shape in SHAPES),
@@ -29,20 +47,13 @@ COMPARISONS = (
 )
 
 
-@dataclass(frozen=True)
-class Environment:
-    """isa: the instruction set of the native kernels, None where these are not loaded."""
+def run(folder: Path) -> None:
+    """Measure every comparison with the native operators, show and write the report.
 
-    device: str
-    isa: str | None
-    threads: int
-    torch: str
-    cbn_ext: str
-    date: str
-
-
-def run() -> Report:
-    """Measure every comparison with the native operators; raises where they are not there, or wrong."""
+    Raises:
+        WrongResultError: a provider computes something else than the reference.
+        RuntimeError: there are no native operators.
+    """
     load = os.getloadavg()[0]
     torch.set_num_threads(THREADS)
     times: list[TimeRow] = []
@@ -53,39 +64,56 @@ def run() -> Report:
             rows = compare(comparison)
             times += rows[0]
             memory += rows[1]
-    return report(environment(), load, times, memory)
+    report = make_report(environment(), load, times, memory)
+    report.show()
+    report.write(folder)
 
 
-def report(e: Environment, load: float, times: list[TimeRow], memory: list[MemoryRow]) -> Report:
-    """What was measured. load: the system's load average before the run."""
-    warning = f"The load average before the run was {load:.1f}: other processes disturb these times."
-    return Report(
-        kind="cpu",
-        environment=e,
-        facts=f"{e.device}, {e.isa}, {e.threads} threads; torch {e.torch}, cbn_ext {e.cbn_ext}; {e.date}; "
-        f"load average before the run {load:.1f}.",
-        csv={"": times, "-memory": memory},
-        tables=[
-            target_table("Targets (forward+backward)", targets(times, memory)),
-            time_table(times),
-            memory_table(memory),
-        ],
-        figures={"": plot(times, e.device)},
-        text=_HOW,
-        warnings=[warning] if load > 0.5 else [],
+def compare(comparison: Comparison) -> tuple[list[TimeRow], list[MemoryRow]]:
+    """Set up, check, time and weigh the members of a comparison."""
+    # A compiler that met too many shapes would fall back to eager execution.
+    torch.compiler.reset()
+    cases = {components: replace(comparison.case, components=components) for _, components in comparison.members}
+    problems = {components: make_problem(case) for components, case in cases.items()}
+    workloads = {(name, components): set_up(name, problems[components]) for name, components in comparison.members}
+    check = Checker()
+    for workload in workloads.values():
+        check(workload)
+    del check
+
+    times = time_interleaved(workloads)
+    time_rows = [
+        TimeRow(
+            provider,
+            **cases[components].labels,
+            direction=direction,
+            **vars(summary),
+            gb_per_s=gigabytes_per_second(direction, comparison.case.tensor_bytes, summary.median_us),
+            ratio_to_batchnorm=summary.median_us / times[BATCHNORM, 1][direction].median_us,
+        )
+        for (provider, components), by_direction in times.items()
+        for direction, summary in by_direction.items()
+    ]
+    return time_rows, [memory_row(workload) for workload in workloads.values()]
+
+
+def memory_row(workload: LayerWorkload) -> MemoryRow:
+    """The peak memory of a step."""
+    case = workload.problem.case
+    resident = resident_peak(workload.tensors)
+    return MemoryRow(
+        workload.provider.name,
+        **case.labels,
+        in_out=workload.in_out_bytes,
+        beyond=allocated_peak(workload.tensors),
+        resident=None if resident is None else resident - workload.in_out_bytes // 2,
     )
 
 
 def environment() -> Environment:
-    """This machine's processor and the versions in use."""
-    return Environment(
-        device=cpu_model(),
-        isa=cbn_ext.build_info()["isa"],
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        cbn_ext=cbn_ext.__version__,
-        date=date.today().isoformat(),
-    )
+    """This machine's processor, the instruction set of the native kernels (None without), and the versions in use."""
+    isa = cbn_ext.build_info()["isa"]
+    return {"device": cpu_model(), "isa": isa, "threads": torch.get_num_threads(), **versions(torch, cbn_ext)}
 
 
 def cpu_model() -> str:
@@ -98,30 +126,49 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def make_report(e: Environment, load: float, times: list[TimeRow], memory: list[MemoryRow]) -> Report:
+    """What was measured. load: the system's load average before the run."""
+    warning = f"The load average before the run was {load:.1f}: other processes disturb these times."
+    return Report(
+        kind="cpu",
+        environment=e,
+        facts=f"{e['device']}, {e['isa']}, {e['threads']} threads; torch {e['torch']}, cbn_ext {e['cbn_ext']}; "
+        f"{e['date']}; load average before the run {load:.1f}.",
+        csv={"": times, "-memory": memory},
+        tables=[
+            target_table("Targets (forward+backward)", targets(times, memory)),
+            time_table(times),
+            memory_table(memory),
+        ],
+        text=_HOW,
+        pictures={"": (times, e["device"])},
+        warnings=[warning] if load > 0.5 else [],
+    )
+
+
 def targets(times: list[TimeRow], memory: list[MemoryRow]) -> list[Target]:
     """What is to be reached beside what is, forward+backward; times as geometric means over the shapes."""
 
     def ratio(member: tuple[str, int], other: tuple[str, int], layout: str = "contiguous") -> float:
         medians = {
-            (row.provider, row.M, row.shape): row.median_us
+            (row.member, row.shape): row.median_us
             for row in times
             if (row.layout, row.data, row.direction) == (layout, "mixed", BOTH)
         }
-        shapes = dict.fromkeys(shape for _, _, shape in medians)
-        return geometric_mean(medians[(*member, shape)] / medians[(*other, shape)] for shape in shapes)
+        shapes = dict.fromkeys(shape for _, shape in medians)
+        return geometric_mean(medians[member, shape] / medians[other, shape] for shape in shapes)
 
     def worst(rows: list[MemoryRow], size: Callable[[MemoryRow], int]) -> float:
         mixed = [row for row in rows if row.data == "mixed"]
-        unit = {(row.shape, row.layout): size(row) for row in mixed if row.provider == BATCHNORM}
-        ours = [row for row in mixed if (row.provider, row.M) == (OURS, 4)]
-        return max(size(row) / unit[row.shape, row.layout] for row in ours)
+        unit = {row.case: size(row) for row in mixed if row.provider == BATCHNORM}
+        return max(size(row) / unit[row.case] for row in mixed if row.member == (OURS, 4))
 
     found = []
     for layout in ("contiguous", "channels_last"):
         for components, limit in ((4, 3), (1, 1.2)):
             value = ratio((OURS, components), (BATCHNORM, 1), layout)
             found.append(Target(f"time, cbn_ext M={components} / BatchNorm2d, {layout}", value, "≤", limit))
-    for provider, limit in ((REFERENCE, 15), (REFERENCE_COMPILED, 8)):
+    for provider, limit in ((REFERENCE, 15), (REFERENCE + COMPILED, 8)):
         found.append(Target(f"time, {provider} / cbn_ext, M=4", ratio((provider, 4), (OURS, 4)), "≥", limit))
     what = "peak memory, cbn_ext M=4 / BatchNorm2d, worst shape and layout: "
     beyond = worst(memory, lambda row: row.beyond)
@@ -133,6 +180,36 @@ def targets(times: list[TimeRow], memory: list[MemoryRow]) -> list[Target]:
     return found
 
 
+def time_table(rows: Sequence[TimeRow]) -> Table:
+    """The three directions of every provider on every case."""
+    header = ("input", "provider", "M", *(f"{d}, µs" for d in DIRECTIONS), "GB/s", "/ BatchNorm2d")
+    sections = []
+    for label, of_case in groupby(rows, lambda row: row.label):
+        sections.append([])
+        for (provider, m), group in groupby(of_case, lambda row: row.member):
+            by_direction = {row.direction: row for row in group}
+            found = (by_direction[direction] for direction in DIRECTIONS)
+            cells = (f"{row.median_us:,.0f} ({row.p20_us:,.0f}-{row.p80_us:,.0f})" for row in found)
+            both = by_direction[BOTH]
+            rates = number(both.gb_per_s), number(both.ratio_to_batchnorm)
+            sections[-1].append([label, provider, str(m), *cells, *rates])
+    return Table("Time: median (20th-80th percentile); GB/s and ratio of forward+backward", header, sections)
+
+
+def memory_table(rows: Sequence[MemoryRow]) -> Table:
+    """Peak memory of every provider on every case."""
+
+    def cells(row: MemoryRow) -> list[str]:
+        sizes = row.in_out, row.beyond, row.resident
+        return [row.label, row.provider, str(row.M), *(number(size and size / 1024, 1) for size in sizes)]
+
+    return Table(
+        "Peak memory of one forward+backward, KiB",
+        ("input", "provider", "M", "input and output", "allocated beyond", "resident beyond"),
+        [list(map(cells, group)) for _, group in groupby(rows, lambda row: row.label)],
+    )
+
+
 _HOW = """## How this was measured
 
 - One process; the providers take turns in rounds, every other round in the reverse order. Training mode; a
@@ -141,6 +218,7 @@ _HOW = """## How this was measured
 - Every provider's output and gradients were compared with the float64 reference before it was timed.
 - GB/s counts, for every provider, one read and one write of a tensor of the input's size forward, two reads
   and one write backward.
+- *cbn_ext split* normalises each image with the component of its group; the groups are random, as large as each other.
 - *reference* is the formula in plain PyTorch operations with autograd, `cbn_ext.reference.forward`.
 - *mixed* data, where nothing is said: the components share the responsibility for every value; *saturated*:
   each value belongs to one component; *constant*: every other channel is constant.

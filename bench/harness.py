@@ -1,9 +1,9 @@
-"""What every benchmark shares: interleaved timing, peak memory, throughput by one byte formula, rows of CSV.
+"""What every benchmark shares: interleaved timing, peak memory, throughput by one byte formula, and rows of results.
 
-Nothing here knows what is measured: a workload is anything with `forward()` and `backward(output)`.
+Nothing here knows what is measured: a workload is anything that can be timed, by default what has `forward()` and
+`backward(output)`.
 """
 
-import csv
 import ctypes
 import gc
 import json
@@ -11,13 +11,15 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from bench.cases import case_label
 
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "forward+backward")
 EVALUATION = "evaluation forward"
@@ -28,26 +30,72 @@ TENSORS_MOVED = {FORWARD: 2, BACKWARD: 3, BOTH: 5, EVALUATION: 2}
 RESIDUALS_MOVED = {FORWARD: 1, BACKWARD: 1, BOTH: 2, EVALUATION: 1}
 
 Key = TypeVar("Key", bound=Hashable)
-Row = TypeVar("Row")
+Workload = TypeVar("Workload")
 
 
-class Workload(Protocol):
-    """One layer on one input, in training mode."""
+@dataclass(frozen=True)
+class Row:
+    """The columns with which every row begins: a provider and the labels of a case."""
 
-    def forward(self) -> Tensor:
-        """The output, with its autograd graph."""
+    provider: str
+    shape: str
+    dtype: str
+    layout: str
+    M: int
+    data: str
 
-    def backward(self, output: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of the input and the parameters, by `output`'s graph."""
+    @property
+    def member(self) -> tuple[str, int]:
+        """The member of a comparison."""
+        return self.provider, self.M
+
+    @property
+    def case(self) -> tuple[str, str, str]:
+        """Shape, dtype and layout."""
+        return self.shape, self.dtype, self.layout
+
+    @property
+    def label(self) -> str:
+        """The case in a line of text."""
+        return case_label(*self.case, self.data)
+
+
+@dataclass(frozen=True)
+class TimeRow(Row):
+    """Time in one direction.
+
+    The ratio is that of the medians, to nn.BatchNorm2d followed by the same operations; None where that failed.
+    """
+
+    direction: str
+    median_us: float
+    p20_us: float
+    p80_us: float
+    samples: int
+    gb_per_s: float
+    ratio_to_batchnorm: float | None
+
+
+@dataclass(frozen=True)
+class MemoryRow(Row):
+    """Peak memory of one forward+backward step, in bytes.
+
+    in_out: input, output and their gradients. beyond: the allocator's peak on top of those. resident: the peak of
+    touched memory on top of those (`resident_peak`), None where it cannot be measured.
+    """
+
+    in_out: int
+    beyond: int
+    resident: int | None
 
 
 @dataclass(frozen=True)
 class Summary:
     """Microseconds a call."""
 
-    median: float
-    p20: float
-    p80: float
+    median_us: float
+    p20_us: float
+    p80_us: float
     samples: int
 
 
@@ -68,7 +116,7 @@ def gigabytes_per_second(direction: str, tensor_bytes: int, microseconds: float,
     return tensors * tensor_bytes / (microseconds * 1e3)
 
 
-def wall_clock(workload: Workload) -> dict[str, float]:
+def wall_clock(workload: Any) -> dict[str, float]:
     """Microseconds of one step in each direction. For the CPU, where a call returns when its work is done."""
     start = time.perf_counter_ns()
     output = workload.forward()
@@ -180,74 +228,3 @@ def _status_bytes(key: str) -> int:
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise KeyError(f"expected {key} in /proc/self/status")
-
-
-@dataclass(frozen=True)
-class TimeRow:
-    """Time of one provider on one case in one direction.
-
-    The ratio is that of the medians, to nn.BatchNorm2d followed by the same operations; None where that failed.
-    """
-
-    provider: str
-    shape: str
-    dtype: str
-    layout: str
-    M: int
-    data: str
-    direction: str
-    median_us: float
-    p20_us: float
-    p80_us: float
-    samples: int
-    gb_per_s: float
-    ratio_to_batchnorm: float | None
-
-
-@dataclass(frozen=True)
-class MemoryRow:
-    """Peak memory of one forward+backward step, in bytes.
-
-    in_out: x, y and their gradients. beyond: the allocator's peak on top of those (`allocated_peak`).
-    resident: the peak of touched memory on top of those (`resident_peak`), None where it cannot be measured.
-    """
-
-    provider: str
-    shape: str
-    dtype: str
-    layout: str
-    M: int
-    data: str
-    in_out: int
-    beyond: int
-    resident: int | None
-
-
-def write_csv(path: Path, rows: Sequence[Any], environment: Any) -> None:
-    """One line for each row; rows and environment are dataclasses, the environment's columns come last.
-
-    The file is there as a whole or, should the process end meanwhile, as it was before.
-    """
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(each.name for each in (*fields(rows[0]), *fields(environment)))
-        for row in rows:
-            rounded = (round(value, 3) if isinstance(value, float) else value for value in vars(row).values())
-            writer.writerow([*rounded, *vars(environment).values()])
-    part.replace(path)
-
-
-def read_csv(path: Path, row_type: type[Row]) -> list[Row]:
-    """The rows, or the environments, that `write_csv` wrote: of each line the columns that `row_type` has."""
-    types = get_type_hints(row_type)
-    with path.open(newline="") as file:
-        return [
-            row_type(**{name: _parse(line[name], kind) for name, kind in types.items()})
-            for line in csv.DictReader(file)
-        ]
-
-
-def _parse(text: str, kind: Any) -> Any:
-    kinds = get_args(kind) or (kind,)
-    return None if not text and type(None) in kinds else kinds[0](text)

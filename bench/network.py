@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +11,11 @@ import torch
 import torch.nn.functional as F
 
 import cbn_ext
+from bench.cases import MEMORY_FORMATS, shape_label
 from bench.cpu import cpu_model
 from bench.harness import BOTH, time_interleaved
-from bench.providers import BATCHNORM, MEMORY_FORMATS, OURS, shape_label
-from bench.report import Table, report_name, write_csvs
+from bench.providers import BATCHNORM, OURS
+from bench.report import Table, report_name, versions, write_csvs
 
 NORMS = (BATCHNORM, OURS, f"{OURS} fused")
 #: Steps that are queued before the device is waited for, as in training, where the host runs ahead.
@@ -61,17 +61,6 @@ class NetworkRow:
     ratio_to_batchnorm: float
 
 
-@dataclass(frozen=True)
-class Environment:
-    """Where and with what the times were taken."""
-
-    device: str
-    torch: str
-    torchvision: str
-    cbn_ext: str
-    date: str
-
-
 def run(device: str, seconds: float, folder: Path) -> int:
     """Measure on "cuda" or "cpu" for about `seconds`, write after every network, show; 1 where one failed.
 
@@ -85,8 +74,7 @@ def run(device: str, seconds: float, folder: Path) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("expected a GPU for whole training steps; torch finds none (--device cpu tries them without)")
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_model()
-    versions = torch.__version__, torchvision.__version__, cbn_ext.__version__
-    environment = Environment(name, *versions, date.today().isoformat())
+    environment = {"device": name, **versions(torch, torchvision, cbn_ext)}
     start, longest = time.monotonic(), 0.0
     rows, status = [], 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,9 +124,9 @@ def measure(network: Network, device: str, seconds: float) -> list[NetworkRow]:
         step()
     timed = time_interleaved(steps, wall_clock, seconds / 40 / _STEPS, seconds / _STEPS)
     times = {norm: t[BOTH] for norm, t in timed.items()}
-    labels, unit = network._replace(shape=shape_label(network.shape)), times[BATCHNORM].median
+    labels, unit = network._replace(shape=shape_label(network.shape)), times[BATCHNORM].median_us
     return [
-        NetworkRow(*labels, norm, t.median / 1e3, t.p20 / 1e3, t.p80 / 1e3, t.samples, t.median / unit)
+        NetworkRow(*labels, norm, t.median_us / 1e3, t.p20_us / 1e3, t.p80_us / 1e3, t.samples, t.median_us / unit)
         for norm, t in times.items()
     ]
 

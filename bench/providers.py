@@ -1,9 +1,10 @@
 """The providers of a normalization, set up by one function on one problem, and the check of their results."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,25 +12,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cbn_ext
-from cbn_ext import CompoundBatchNorm2d, CompoundBatchNormAct2d, reference
+from bench.cases import (
+    ADD_RELU,
+    EPS,
+    NORM,
+    RELU,
+    Case,
+    Problem,
+    check,
+    expected_evaluation,
+    expected_results,
+    run_reference,
+)
 
-#: What is computed: cbn(x), relu(cbn(x)), relu(cbn(x) + residual).
-NORM, RELU, ADD_RELU = OPERATIONS = ("norm", "norm + ReLU", "norm + add + ReLU")
+#: Layers; the name of a provider is that of its layer, followed by its operation and by one of the words below.
+OURS, BATCHNORM, REFERENCE = "cbn_ext", "BatchNorm2d", "reference"
+SPLIT, COMPILED = " split", " compiled"
 
-OURS, OURS_RELU, OURS_ADD_RELU = "cbn_ext", "cbn_ext + ReLU", "cbn_ext + add + ReLU"
-BATCHNORM, BATCHNORM_COMPILED = "BatchNorm2d", "BatchNorm2d compiled"
-BATCHNORM_RELU, BATCHNORM_RELU_COMPILED = "BatchNorm2d + ReLU", "BatchNorm2d + ReLU compiled"
-BATCHNORM_ADD_RELU, BATCHNORM_ADD_RELU_COMPILED = "BatchNorm2d + add + ReLU", "BatchNorm2d + add + ReLU compiled"
-REFERENCE, REFERENCE_COMPILED = "reference", "reference compiled"
+#: Small enough that the running statistics, and with them the responsibilities, stay what they are for thousands of
+#: steps; not 0, of which a compiler could make use.
+MOMENTUM = 1e-6
 
 
 class Provider(NamedTuple):
-    """How a result is made. settings: CBN_CUDA_NAME to value, for the CUDA operators, which else choose themselves."""
+    """How a result is made.
+
+    split: each image is normalised with the component of its group. settings: CBN_CUDA_NAME to value, for the CUDA
+    operators, which else choose themselves.
+    """
 
     layer: str
     operation: str = NORM
+    split: bool = False
     compiled: bool = False
     settings: Mapping[str, int] = {}
+
+    @property
+    def name(self) -> str:
+        """As it stands in tables and files."""
+        settings = "".join(f" {key.lower()}={value}" for key, value in self.settings.items())
+        return self.layer + self.operation + SPLIT * self.split + COMPILED * self.compiled + settings
+
+    @property
+    def peer(self) -> str:
+        """The provider in units of whose time this one's is given."""
+        return BATCHNORM + self.operation
 
 
 #: Settings that are compared with the operators' own choice: of the streaming path, then of the resident one.
@@ -38,135 +65,40 @@ _SETTINGS = (
     *({"CLUSTER": cluster, "THREADS": threads} for cluster in (1, 8) for threads in (256, 512)),
 )
 
-
 PROVIDERS = {
-    OURS: Provider("cbn_ext"),
-    OURS_RELU: Provider("cbn_ext", RELU),
-    OURS_ADD_RELU: Provider("cbn_ext", ADD_RELU),
-    BATCHNORM: Provider("BatchNorm2d"),
-    BATCHNORM_RELU: Provider("BatchNorm2d", RELU),
-    BATCHNORM_ADD_RELU: Provider("BatchNorm2d", ADD_RELU),
-    BATCHNORM_COMPILED: Provider("BatchNorm2d", compiled=True),
-    BATCHNORM_RELU_COMPILED: Provider("BatchNorm2d", RELU, compiled=True),
-    BATCHNORM_ADD_RELU_COMPILED: Provider("BatchNorm2d", ADD_RELU, compiled=True),
-    REFERENCE: Provider("reference"),
-    REFERENCE_COMPILED: Provider("reference", compiled=True),
-    **{
-        f"{OURS} " + " ".join(f"{name.lower()}={value}" for name, value in settings.items()): Provider(
-            "cbn_ext", settings=settings
-        )
-        for settings in _SETTINGS
-    },
+    provider.name: provider
+    for provider in (
+        Provider(OURS),
+        Provider(OURS, RELU),
+        Provider(OURS, ADD_RELU),
+        Provider(OURS, split=True),
+        Provider(BATCHNORM),
+        Provider(BATCHNORM, RELU),
+        Provider(BATCHNORM, ADD_RELU),
+        Provider(BATCHNORM, compiled=True),
+        Provider(BATCHNORM, RELU, compiled=True),
+        Provider(BATCHNORM, ADD_RELU, compiled=True),
+        Provider(REFERENCE),
+        Provider(REFERENCE, compiled=True),
+        *(Provider(OURS, settings=settings) for settings in _SETTINGS),
+    )
 }
 
-EPS = 1e-5
-#: Small enough that the running statistics, and with them the responsibilities, stay what they are for
-#: thousands of steps; not 0, of which a compiler could make use.
-MOMENTUM = 1e-6
-
-#: Largest relative L2 error against the float64 reference, of outputs and gradients alike.
-ERROR_LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-
-#: The same for gradients behind a ReLU at least: where y is all but 0, rounding decides whether they pass, and one
-#: element of a million is a thousandth of the norm.
-RELU_ERROR_LIMIT = 5e-3
-
-MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-class WrongResultError(RuntimeError):
-    """A provider computes something else than the reference; its time means nothing."""
-
-
-def shape_label(shape: Sequence[int]) -> str:
-    """A shape as a table has it."""
-    return "x".join(map(str, shape))
-
 
 @dataclass(frozen=True)
-class Case:
-    """What is normalised.
+class Comparison:
+    """A case, whose number of components each member replaces, and its members: (provider, components).
 
-    data: "mixed", components that share the responsibility; "saturated", each value far nearer to one
-    component than to the others; "constant", every other channel constant.
+    phase: the part of a benchmark to which it belongs, which has each case once.
     """
 
-    shape: tuple[int, int, int, int]
-    components: int = 4
-    layout: str = "contiguous"
-    dtype: torch.dtype = torch.float32
-    data: str = "mixed"
-    device: str = "cpu"
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Size of the input."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    @property
-    def labels(self) -> dict[str, str | int]:
-        """The case's columns in a table."""
-        return {
-            "shape": shape_label(self.shape),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "layout": self.layout,
-            "M": self.components,
-            "data": self.data,
-        }
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The tensors of a case: x, grad_output and residual (N, C, H, W); the layer's state, name to (M, C)."""
-
     case: Case
-    x: Tensor
-    grad_output: Tensor
-    residual: Tensor
-    state: dict[str, Tensor] = field(repr=False)
+    members: tuple[tuple[str, int], ...]
+    phase: str = ""
 
-
-def make_problem(case: Case) -> Problem:
-    """Random tensors, the same for equal cases; x does not depend on the number of components."""
-    if case.data not in ("mixed", "saturated", "constant"):
-        raise ValueError(f'expected data "mixed", "saturated" or "constant", got {case.data!r}')
-    draw = {"generator": torch.Generator(case.device).manual_seed(0), "device": case.device}
-    channels, m = case.shape[1], case.components
-    # Everything that makes x is drawn before anything whose size depends on the number of components.
-    x, grad_output, residual = (torch.randn(case.shape, **draw) for _ in range(3))
-    shift, log_scale = 0.3 * torch.randn(2, channels, **draw)
-    scale = log_scale.exp()
-    if case.data == "saturated":
-        x += 20 * torch.randint(4, case.shape, **draw)
-    if case.data == "constant":
-        x[:, ::2] = 0.5
-    x = x.mul_(scale[:, None, None]).add_(shift[:, None, None])
-    if case.data == "constant":
-        # To eighths, of which sums are exact: rounding alone would differ by provider, times 1 / sqrt(eps).
-        x[:, ::2] = (8 * x[:, ::2]).round() / 8
-
-    # Statistics of the standardised data; components no further apart than a standard deviation or two.
-    centers = torch.linspace(-1, 1, m, device=case.device) if m > 1 else torch.zeros(1, device=case.device)
-    mean = centers[:, None] + 0.1 * torch.randn(m, channels, **draw)
-    var = 0.5 + torch.rand(mean.shape, **draw)
-    if case.data == "saturated":
-        mean = 20.0 * torch.arange(m, device=case.device)[:, None].expand(m, channels)
-    state = {
-        "running_prior": torch.softmax(0.2 * torch.randn(mean.shape, **draw), 0),
-        "running_mean": mean * scale + shift,
-        "running_var": var * scale**2,
-        "weight": 1 + 0.2 * torch.randn(mean.shape, **draw),
-        "bias": 0.2 * torch.randn(mean.shape, **draw),
-    }
-    layout = {"dtype": case.dtype, "memory_format": MEMORY_FORMATS[case.layout]}
-    state_dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
-    return Problem(
-        case,
-        x.to(**layout).requires_grad_(),
-        grad_output.to(**layout),
-        residual.to(**layout).requires_grad_(),
-        {name: value.to(state_dtype) for name, value in state.items()},
-    )
+    def __post_init__(self) -> None:
+        if (BATCHNORM, 1) not in self.members:
+            raise ValueError(f"expected {BATCHNORM} among the members, which all are compared with; got {self.members}")
 
 
 class BatchNormAct(nn.BatchNorm2d):
@@ -194,12 +126,11 @@ class ReferenceNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (N, C, H, W) and, in training, update the running statistics."""
         running = self.running_prior, self.running_mean, self.running_var
-        y, _, _, batch = reference.forward(
-            x, None, None, *running, self.weight, self.bias, training=self.training, relu=False, eps=EPS
-        )
+        y, batch = run_reference(x, *running, self.weight, self.bias, training=self.training)
         if self.training:
             with torch.no_grad():
-                reference.update_running(*running, batch, points=x.numel() // x.shape[1], momentum=MOMENTUM)
+                points = x.numel() // x.shape[1]
+                cbn_ext.reference.update_running(*running, batch=batch, points=points, momentum=MOMENTUM)
         return y
 
 
@@ -214,7 +145,8 @@ class LayerWorkload:
     def forward(self) -> Tensor:
         """y (N, C, H, W)."""
         inputs = (self.problem.x, self.problem.residual)
-        return self.layer(*(inputs if self.provider.operation == ADD_RELU else inputs[:1]))
+        with cbn_ext.split_path(self.problem.groups) if self.provider.split else nullcontext():
+            return self.layer(*(inputs if self.provider.operation == ADD_RELU else inputs[:1]))
 
     def backward(self, output: Tensor) -> tuple[Tensor, ...]:
         """Gradients of x (N, C, H, W), weight and bias, (M, C) or (C,), and of what was added (N, C, H, W)."""
@@ -231,6 +163,53 @@ class LayerWorkload:
                 return self.forward()
         finally:
             self.layer.train()
+
+    def results(self) -> tuple[Tensor, ...]:
+        """One step's y, like x, and gradients: of x, of weight and bias (M, C), of what was added, like x."""
+        output = self.forward()
+        components = self.problem.case.components
+        gradients = (g if g.dim() > 2 else g.reshape(components, -1) for g in self.backward(output))
+        return output.detach(), *gradients
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """One step's results that are like x."""
+        return tuple(result for result in self.results() if result.dim() == 4)
+
+    @property
+    def in_out_bytes(self) -> int:
+        """Of x, y, the residual where there is one, and the gradients of all."""
+        return (6 if self.provider.operation == ADD_RELU else 4) * self.problem.case.tensor_bytes
+
+
+class Checker:
+    """Compares steps of providers on one case with the reference; what serves several providers is kept.
+
+    elements: of those channels, about so many at most, that are compared, the first and the last among them.
+    """
+
+    def __init__(self, elements: int = sys.maxsize) -> None:
+        self.elements = elements
+        self._kept: dict[tuple[int, bool], tuple[Tensor, ...]] = {}
+
+    def __call__(self, workload: LayerWorkload, evaluation: bool = False) -> None:
+        """Check y and gradients and, where asked for, the output in evaluation; raises WrongResultError."""
+        problem, provider = workload.problem, workload.provider
+        case, count = problem.case, problem.case.shape[1]
+        width = max(1, self.elements * count // problem.x.numel())
+        channels = torch.linspace(0, count - 1, min(width, count), device=problem.x.device).long()
+        part = problem.part(channels)
+        if evaluation:  # before a step moves the running statistics
+            expected = [expected_evaluation(part, provider.operation)]
+            check(f"{provider.name} in evaluation", case, [workload.evaluate()[:, channels]], expected)
+        actual = [result[:, channels] for result in workload.results()]
+        if provider.operation == NORM:
+            key = case.components, provider.split
+            if key not in self._kept:
+                self._kept[key] = expected_results(part, split=provider.split)
+            expected = self._kept[key]
+        else:
+            expected = expected_results(part, provider.operation, provider.split, actual[0])
+        check(provider.name, case, actual, expected, provider.operation)
 
 
 @contextmanager
@@ -257,98 +236,18 @@ def set_up(name: str, problem: Problem) -> LayerWorkload:
     if name not in PROVIDERS:
         raise ValueError(f"unknown provider {name!r}")
     provider = PROVIDERS[name]
-    channels, components = problem.case.shape[1], problem.case.components
-    state, factory = problem.state, {"device": problem.case.device, "dtype": problem.state["weight"].dtype}
-    options = {"eps": EPS, "momentum": MOMENTUM, **factory}
-    if provider.layer == "cbn_ext":
-        layer_class = CompoundBatchNorm2d if provider.operation == NORM else CompoundBatchNormAct2d
-        layer = layer_class(channels, components, **options)
+    plain, state, components = provider.operation == NORM, problem.state, problem.case.components
+    factory = {"device": problem.case.device, "dtype": state["weight"].dtype}
+    options = {"num_features": problem.case.shape[1], "eps": EPS, "momentum": MOMENTUM, **factory}
+    if provider.layer == OURS:
+        layer_class = cbn_ext.CompoundBatchNorm2d if plain else cbn_ext.CompoundBatchNormAct2d
+        layer = layer_class(num_components=components, **options)
         layer.load_state_dict(state | {"num_batches_tracked": torch.tensor(0)})
-    elif provider.layer == "BatchNorm2d":
+    elif provider.layer == BATCHNORM:
         if components != 1:
             raise ValueError(f"expected one component for {name}, got {components}")
-        layer = (nn.BatchNorm2d if provider.operation == NORM else BatchNormAct)(channels, **options)
+        layer = (nn.BatchNorm2d if plain else BatchNormAct)(**options)
         layer.load_state_dict({key: value[0] for key, value in state.items() if key != "running_prior"}, strict=False)
     else:
         layer = ReferenceNorm(state)
     return LayerWorkload(provider, torch.compile(layer, dynamic=False) if provider.compiled else layer, problem)
-
-
-def part_of(problem: Problem, channels: slice | Tensor) -> Problem:
-    """The problem of some channels: none depends on another."""
-    return Problem(
-        problem.case,
-        problem.x.detach()[:, channels],
-        problem.grad_output[:, channels],
-        problem.residual.detach()[:, channels],
-        {name: value[:, channels] for name, value in problem.state.items()},
-    )
-
-
-def expected_results(
-    problem: Problem, operation: str = NORM, output: Tensor | None = None, block_elements: int = 2**20
-) -> tuple[Tensor, ...]:
-    """What `LayerWorkload`'s step is to give, y and then the gradients, by the reference in float64.
-
-    Channels are computed in blocks: the reference holds dozens of tensors as large as M inputs. With a ReLU the
-    gradient passes where `output`, the provider's own y, is positive: near zero, rounding decides.
-    """
-    channels = problem.x.shape[1]
-    width = max(1, block_elements * channels // problem.x.numel())
-    blocks = []
-    for start in range(0, channels, width):
-        part = part_of(problem, slice(start, start + width))
-        x, grad = part.x.double().requires_grad_(), part.grad_output.double()
-        state = {name: value.double() for name, value in part.state.items()}
-        weight, bias = state.pop("weight").requires_grad_(), state.pop("bias").requires_grad_()
-        normalised = _reference(x, *state.values(), weight, bias, training=True)
-        y = _activate(normalised.detach(), part, operation)
-        if operation != NORM:
-            grad = torch.where(output[:, start : start + width] > 0, grad, 0)
-        gradients = torch.autograd.grad(normalised, (x, weight, bias), grad)
-        blocks.append((y, *gradients, *([grad] if operation == ADD_RELU else [])))
-    return tuple(torch.cat(pieces, 1) for pieces in zip(*blocks, strict=True))
-
-
-def expected_evaluation(problem: Problem, operation: str = NORM) -> Tensor:
-    """What `LayerWorkload.evaluate` is to give, by the reference in float64."""
-    state = (value.double() for value in problem.state.values())
-    return _activate(_reference(problem.x.detach().double(), *state, training=False), problem, operation)
-
-
-def _reference(x: Tensor, *state: Tensor, training: bool) -> Tensor:
-    return reference.forward(x, None, None, *state, training=training, relu=False, eps=EPS)[0]
-
-
-def _activate(y: Tensor, problem: Problem, operation: str) -> Tensor:
-    if operation == ADD_RELU:
-        y = y + problem.residual.detach()
-    return y if operation == NORM else y.relu()
-
-
-def results(workload: LayerWorkload) -> tuple[Tensor, ...]:
-    """One step's y, like x, and gradients: of x, of weight and bias (M, C), of what was added, like x."""
-    output = workload.forward()
-    gradients = workload.backward(output)
-    return output.detach(), *(g if g.dim() > 2 else g.reshape(workload.problem.case.components, -1) for g in gradients)
-
-
-def check(name: str, case: Case, actual: Sequence[Tensor], expected: Sequence[Tensor], operation: str = NORM) -> None:
-    """Compare what a provider gave (y, gradients; or the output in evaluation alone) with what it is to give.
-
-    Raises:
-        WrongResultError: an error above `ERROR_LIMIT`, for gradients above `RELU_ERROR_LIMIT` too where there is a
-            ReLU, or not a number.
-    """
-    whats = ("y", "grad x", "grad weight", "grad bias", "grad residual")
-    for what, value, right in zip(whats, actual, expected, strict=False):
-        limit = ERROR_LIMIT[case.dtype]
-        if what != "y" and operation != NORM:
-            limit = max(limit, RELU_ERROR_LIMIT)
-        error = ((value.double() - right).norm() / right.norm()).item()
-        if not error <= limit:
-            where = ", ".join(f"{key} {label}" for key, label in case.labels.items())
-            raise WrongResultError(
-                f"{name}, {where}: {what} differs from the float64 reference by {error:.3g} of its norm, "
-                f"expected at most {limit:g}"
-            )

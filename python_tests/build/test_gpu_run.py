@@ -34,7 +34,7 @@ planned, constants = json.loads(sys.argv[1])
 vars(gpu).update(constants)
 gpu.find_device = lambda: Device("a GPU", "9.0", "13.0")
 gpu.steps = lambda run, device: [Step(**step) for step in planned]
-sys.modules["bench.cuda_report"] = types.SimpleNamespace(
+sys.modules["bench.cuda.report"] = types.SimpleNamespace(
     summary=lambda folder: [f"target in {path.name}: {float(path.read_text())}" for path in folder.glob("cuda-*.csv")]
 )
 sys.exit(gpu.main(["first"]))

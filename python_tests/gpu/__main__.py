@@ -168,7 +168,7 @@ class Run:
         """What the benchmark of this run has found out; files of other runs may lie there too."""
         if not any(file.stat().st_mtime >= self.began for file in RESULTS.glob("cuda-*.csv")):
             return []
-        from bench.cuda_report import summary
+        from bench.cuda.report import summary
 
         return ["--- benchmark", *map(report.shorten, summary(RESULTS)[: report.BENCHMARK_LINES])]
 

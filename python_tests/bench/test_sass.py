@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import sass
-from bench.sass_loops import Instruction, accessed, count, has_alternatives, innermost_loops, parse
+from bench.sass import report, tools
+from bench.sass.code import Instruction, accessed, count, has_alternatives, innermost_loops, parse
 
 
 def kernel(name: str, number: int, element: str = "f", last: int = 0, components: int = 4) -> str:
@@ -17,7 +17,7 @@ def kernel(name: str, number: int, element: str = "f", last: int = 0, components
     )
 
 
-def assembled(name: str, code: str) -> str:
+def assembled(name: str, code: str) -> list[str]:
     """Lines as the disassembler prints them, each with its address; `label:` stands before what has its address."""
     labels, instructions = {}, []
     for line in code.split("\n"):
@@ -32,7 +32,7 @@ def assembled(name: str, code: str) -> str:
         line = " ".join([*operands, f"{labels[last]:#x}" if last in labels else last])
         lines.append(f"        /*{16 * number:04x}*/                   {line} ;  /* 0x0000000000007918 */")
         lines.append("                                                        /* 0x000fe20000000000 */")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 MAP = kernel("map", 3)
@@ -130,15 +130,15 @@ def test_a_branch_past_the_other_arm_of_a_condition_is_an_alternative():
     assert not has_alternatives(loop[:4])
 
 
-def rows(code: str, name: str = MAP) -> dict[str, sass.SassRow]:
-    found = sass.rows_of_kernel("sm_90", name, parse(assembled(name, code))[name], 108, 0)
+def rows(code: str, name: str = MAP) -> dict[str, report.SassRow]:
+    found = report.rows_of_kernel("sm_90", name, parse(assembled(name, code))[name], 108, 0)
     return {row.name: row for row in found}
 
 
 def test_rows_of_the_input_gradient():
     found = rows(map_kernel())
     assert list(found) == ["input gradient, p detached", "input gradient"]
-    assert found["input gradient, p detached"] == sass.SassRow(
+    assert found["input gradient, p detached"] == report.SassRow(
         "sm_90", "float32", "contiguous", "streaming", "input gradient, p detached",
         DETACHED / 4, 4.0, 0.75, 0.25, 12, 4, 108, 0,
     )  # fmt: skip
@@ -194,28 +194,34 @@ def test_other_loops_than_expected_are_an_error(code, count):
 
 def test_registers_are_read():
     text = f" Function {MAP}:\n  REG:108 STACK:16 SHARED:1024 LOCAL:0\n Function other:\n  REG:12 STACK:0 SHARED:0\n"
-    assert sass.registers(text) == {MAP: (108, 16), "other": (12, 0)}
+    assert report.registers([text]) == {MAP: (108, 16), "other": (12, 0)}
 
 
-def test_report_of_every_architecture(monkeypatch, tmp_path):
-    calls = []
+@pytest.fixture
+def disassembler(monkeypatch):
+    """A function that gives cuobjdump's place to another one: options to lines."""
 
-    def call(tool, *arguments):
-        calls.append(arguments)
-        if arguments[0] == "--list-elf":
-            return "ELF file    1: _C_cuda.1.sm_80.cubin\nELF file    2: _C_cuda.2.sm_90.cubin\n"
-        if arguments[0] == "-res-usage":
+    def set_up(lines):
+        monkeypatch.setattr(report, "cuobjdump", lambda library, *options: iter(lines(*options)))
+
+    return set_up
+
+
+def test_report_of_every_architecture(disassembler, tmp_path):
+    disassembled = []
+
+    def lines(option, *more):
+        if option == "--list-elf":
+            return ["ELF file    1: _C_cuda.1.sm_80.cubin\n", "ELF file    2: _C_cuda.2.sm_90.cubin\n"]
+        if option == "-res-usage":
             names = (MAP, kernel("map", 3, components=8), kernel("map", 3, "d"), "other")
-            return "".join(f" Function {name}:\n  REG:108 STACK:0 SHARED:1024\n" for name in names)
+            return [line for name in names for line in (f" Function {name}:\n", "  REG:108 STACK:0 SHARED:1024\n")]
+        disassembled.append(more)
         return assembled(MAP, map_kernel())
 
-    monkeypatch.setattr(sass, "_call", call)
-    monkeypatch.setattr(sass, "find_disassembler", lambda: "cuobjdump")
-    sass.run(Path("library.so"), tmp_path)
-    assert [arguments[2:] for arguments in calls if arguments[0] == "-sass"] == [
-        ("sm_80", "-fun", MAP, "library.so"),
-        ("sm_90", "-fun", MAP, "library.so"),
-    ]
+    disassembler(lines)
+    report.run(Path("library.so"), tmp_path)
+    assert disassembled == [("-arch", "sm_80", "-fun", MAP), ("-arch", "sm_90", "-fun", MAP)]
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {f"sass-sm-{number}{ending}" for number in (80, 90) for ending in (".csv", ".md")}
     with (tmp_path / "sass-sm-90.csv").open(newline="") as file:
@@ -226,34 +232,50 @@ def test_report_of_every_architecture(monkeypatch, tmp_path):
     assert cells in (tmp_path / "sass-sm-90.md").read_text()
 
 
-def test_what_is_missing_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(sass, "_call", lambda *arguments: "")
-    monkeypatch.setattr(sass, "find_disassembler", lambda: "cuobjdump")
+def test_what_is_missing_is_named(disassembler, monkeypatch, tmp_path):
+    disassembler(lambda *options: [])
     with pytest.raises(RuntimeError, match=r"expected machine code in library\.so, found none"):
-        sass.run(Path("library.so"), tmp_path)
+        report.run(Path("library.so"), tmp_path)
     with pytest.raises(RuntimeError, match=r"expected kernels of 4 components for sm_90 in library\.so, found none"):
-        list(sass.rows_of("cuobjdump", Path("library.so"), "sm_90"))
+        report.rows_of(Path("library.so"), "sm_90")
     monkeypatch.setattr("cbn_ext.__file__", str(tmp_path / "__init__.py"))
     with pytest.raises(FileNotFoundError, match=r"expected the CUDA library _C_cuda\*\.so in"):
-        sass.find_library()
+        report.find_library()
 
 
-def test_the_disassembler_is_found_and_its_errors_shown(monkeypatch, tmp_path):
+def program(folder: Path, code: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "cuobjdump"
+    path.write_text(f"#!/bin/sh\n{code}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_tools_are_found_and_their_errors_shown(monkeypatch, tmp_path):
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=f"expected cuobjdump in {tmp_path}/bin or on PATH; found none"):
-        sass.find_disassembler()
-    tool = tmp_path / "bin" / "cuobjdump"
-    tool.parent.mkdir()
-    tool.write_text("#!/bin/sh\necho no such file >&2\nexit 3\n")
-    tool.chmod(0o755)
-    assert sass.find_disassembler() == str(tool)
-    with pytest.raises(RuntimeError, match="cuobjdump --list-elf failed: no such file"):
-        sass.run(Path("library.so"), tmp_path)
+    last = tmp_path / "last"
+    with pytest.raises(FileNotFoundError, match=f"expected cuobjdump in {tmp_path}/bin, {last} or on PATH; found none"):
+        tools.find_tool("cuobjdump", last)
+    found = program(last, "")
+    assert tools.find_tool("cuobjdump", last) == str(found)
+    monkeypatch.setenv("PATH", str(found.parent))
+    assert tools.find_tool("cuobjdump") == str(found)
+    found = program(tmp_path / "bin", 'echo "$@"; echo no such file >&2; exit 3')
+    assert tools.find_tool("cuobjdump", last) == str(found)
+    lines = tools.cuobjdump(Path("library.so"), "-elf")
+    assert next(lines) == "-elf library.so\n"
+    with pytest.raises(RuntimeError, match="cuobjdump -elf failed: no such file"):
+        list(lines)
 
 
 def test_counting_by_modifier():
     code = parse(assembled("f", "MUFU.EX2 R1, R1\nMUFU.RCP R1, R1\nFADD R1, R1, R1"))["f"]
-    assert (count(code, "MUFU"), count(code, "MUFU", "EX2"), count(code, "FMUL")) == (2, 1, 0)
+    assert (
+        count(code, "MUFU"),
+        count(code, "MUFU", modifier="EX2"),
+        count(code, "MUFU", "FADD"),
+        count(code, "FMUL"),
+    ) == (2, 1, 3, 0)

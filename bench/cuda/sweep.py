@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import geometric_mean
 
-from bench.cuda_compare import CudaRow, Measured
-from bench.cuda_tables import Case, by_case, number, short_kernels
-from bench.cuda_targets import Times
-from bench.graphs import Environment
+from bench.cuda.measure import CudaRow, Measured
+from bench.cuda.plan import LAYOUTS
+from bench.cuda.tables import Case, Times, by_case, short_kernels
 from bench.harness import BACKWARD, FORWARD
 from bench.providers import BATCHNORM, OURS, PROVIDERS
-from bench.report import Report, Table
+from bench.report import Table, number
 
 _SETTINGS = [name for name, provider in PROVIDERS.items() if provider.settings]
 
@@ -35,20 +33,10 @@ def csv_of(found: Measured) -> dict[str, Sequence[SweepRow]]:
     return {"-sweep": rows}
 
 
-def make_report(environment: Environment, found: Measured) -> Report:
-    """The fastest setting of every case, and what each setting is worth over all of them."""
+def tables(found: Measured) -> list[Table]:
+    """What each setting is worth over all cases, and the fastest setting of every case."""
     times = Times(found.times)
-    return Report(
-        kind="cuda",
-        environment=environment,
-        facts=f"{environment.facts} Measured in {found.seconds:.0f} s.",
-        csv=csv_of(found),
-        tables=[_setting_table(times), *(_fastest_table(times, direction) for direction in (FORWARD, BACKWARD))],
-        figures={},
-        text=_HOW,
-        warnings=found.warnings,
-        part="-sweep",
-    )
+    return [_setting_table(times), *(_fastest_table(times, direction) for direction in (FORWARD, BACKWARD))]
 
 
 def _fastest_table(times: Times, direction: str) -> Table:
@@ -77,21 +65,14 @@ def _fastest_table(times: Times, direction: str) -> Table:
 
 def _setting_table(times: Times) -> Table:
     """Each setting's time in units of the own choice's, by layout and direction."""
-    groups = [
-        (layout, d) for layout in dict.fromkeys(layout for _, layout in times.groups()) for d in (FORWARD, BACKWARD)
-    ]
-
-    def mean(name: str, layout: str, direction: str) -> float | None:
-        ratios = [times.ratio(name, OURS, case, direction) for case in times.cases() if case[2] == layout]
-        ratios = [ratio for ratio in ratios if ratio is not None]
-        return geometric_mean(ratios) if ratios else None
-
-    body = [[name, *(number(mean(name, *group)) for group in groups)] for name in _SETTINGS]
+    by_layout = {layout: [case for case in times.cases if case[2] == layout] for layout in LAYOUTS}
+    groups = [(layout, d) for layout, cases in by_layout.items() if cases for d in (FORWARD, BACKWARD)]
+    body = [[name, *(number(times.mean(name, OURS, by_layout[at], d)) for at, d in groups)] for name in _SETTINGS]
     title = "Settings, relative to the operators' own choice: geometric means over the cases"
     return Table(title, ("setting", *(", ".join(group) for group in groups)), [body])
 
 
-_HOW = """## How this was measured
+HOW = """## How this was measured
 
 - As the rest of the CUDA benchmark, M = 4, L2 cold; all settings of a case side by side in one process. A setting is a
   set of environment variables, CBN_CUDA_CLUSTER and so on, under which the steps were captured.

@@ -1,17 +1,19 @@
-"""What the CUDA benchmark leaves: targets, tables and plots, of which every row is in the CSV files too."""
+"""What the CUDA benchmark leaves: targets, tables and pictures, of which every row is in the CSV files too."""
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import cbn_ext
-from bench import cuda, cuda_sweep
-from bench.cuda_compare import CudaRow, KernelRow, Measured
-from bench.cuda_tables import (
+from bench.cases import OPERATIONS, shape_label
+from bench.cuda import measure, plan, sweep
+from bench.cuda.measure import CudaRow, KernelRow, Measured
+from bench.cuda.tables import (
+    DTYPES,
+    Times,
     cifar_table,
     component_table,
     eager_table,
@@ -20,17 +22,16 @@ from bench.cuda_tables import (
     memory_table,
     pass_table,
     shape_table,
+    targets,
     worst_table,
 )
-from bench.cuda_targets import DTYPES, Times, targets
-from bench.graphs import Environment, Timer
-from bench.harness import MemoryRow, read_csv
-from bench.plot import can_plot, plot
-from bench.providers import OURS, OURS_ADD_RELU, OURS_RELU, PROVIDERS, shape_label
-from bench.report import Report, Table, report_name, target_table, write_csvs
+from bench.cuda.timer import Timer
+from bench.harness import MemoryRow
+from bench.providers import BATCHNORM, COMPILED, OURS
+from bench.report import Environment, Report, Table, read_csv, read_environment, report_name, target_table, write_csvs
 
 
-def run(seconds: float, folder: Path, sweep: bool = False) -> int:
+def run(seconds: float, folder: Path, swept: bool = False) -> int:
     """Measure, or sweep over settings, show and write; the exit status: 1 where anything of ours failed or was wrong.
 
     What was found is written after every comparison, should the process end before its time.
@@ -44,11 +45,8 @@ def run(seconds: float, folder: Path, sweep: bool = False) -> int:
         sys.exit(f"expected the CUDA library of cbn_ext: {error}")
     timer = Timer()
     environment = timer.environment()
-    name = report_name("cuda", environment.device)
-    if sweep:
-        plan, csv, make = cuda.sweep(), cuda_sweep.csv_of, cuda_sweep.make_report
-    else:
-        plan, csv, make = cuda.comparisons(), csv_of, make_report
+    name = report_name("cuda", environment["device"])
+    csv = sweep.csv_of if swept else csv_of
 
     def save(found: Measured) -> None:
         write_csvs(folder, name, csv(found), environment)
@@ -56,13 +54,12 @@ def run(seconds: float, folder: Path, sweep: bool = False) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for ending in csv(Measured()):  # those of an older run would pass for this one's
         (folder / f"{name}{ending}.csv").unlink(missing_ok=True)
-    say = partial(print, flush=True)  # should the process end before its time
-    found = cuda.run(timer, environment.copy_gb_per_s, plan, seconds, say, save)
-    report = make(environment, found)
+    comparisons = plan.sweep() if swept else plan.comparisons()
+    found = measure.run(timer, environment["copy_gb_per_s"], comparisons, seconds, save)
+    report = make_report(environment, found, swept)
     report.show(count=4)  # the others are too wide for a terminal
-    for path in report.write(folder):
-        print(f"wrote {path}")
-    return int(any(failure.ours for failure in found.failures))
+    report.write(folder)
+    return int(found.broken)
 
 
 def csv_of(found: Measured) -> dict[str, Sequence[Any]]:
@@ -80,63 +77,71 @@ def summary(folder: Path) -> list[str]:
     if not paths:
         return []
     path = max(paths, key=lambda path: path.stat().st_mtime)
-    environment = read_csv(path, Environment)[0]
 
     def rows(ending: str, row_type: type) -> list[Any]:
         other = path.with_name(f"{path.stem}{ending}.csv")
         return read_csv(other, row_type) if other.exists() else []
 
-    found = Measured(read_csv(path, CudaRow), rows("-memory", MemoryRow), rows("-kernels", KernelRow))
+    environment = read_environment(path, CudaRow)
+    found = Measured(rows("", CudaRow), rows("-memory", MemoryRow), rows("-kernels", KernelRow))
     tables = _summary_tables(environment, found)
-    return [environment.facts, *(line for table in reversed(tables) for line in ("", *table.text().splitlines()))]
+    return [_facts(environment), *(line for table in reversed(tables) for line in ("", *table.text().splitlines()))]
 
 
-def _summary_tables(environment: Environment, found: Measured) -> list[Table]:
+def _facts(e: Environment) -> str:
+    return (
+        f"{e['device']}, driver {e['driver']}; CUDA {e['cuda']}, cuDNN {e['cudnn']}, torch {e['torch']}, "
+        f"cbn_ext {e['cbn_ext']}; {e['date']}. A copy on the device moves {float(e['copy_gb_per_s']):,.0f} GB/s."
+    )
+
+
+def _summary_tables(e: Environment, found: Measured) -> list[Table]:
     return [
         target_table(
             "Targets (M=4; geometric means over the shapes, of dtypes and layouts the worst)",
-            targets(found.times, found.memory, found.kernels, environment.copy_gb_per_s),
+            targets(found.times, found.memory, found.kernels, float(e["copy_gb_per_s"])),
         ),
         worst_table(found.times),
         eager_table(found.times),
     ]
 
 
-def make_report(e: Environment, found: Measured) -> Report:
-    """Everything that was found out."""
-    drawn = {(name, 4) for name in (OURS, OURS_RELU, OURS_ADD_RELU)}
-    drawn |= {
-        (name, 1) for name, provider in PROVIDERS.items() if provider.layer == "BatchNorm2d" and provider.compiled
-    }
-    shown = [row for row in Times(found.times).rows.values() if (row.provider, row.M) in drawn]
-    by_dtype = {dtype: [row for row in shown if row.dtype == dtype and row.ratio_to_batchnorm] for dtype in DTYPES}
-    warnings = found.warnings
-    if not can_plot():
-        by_dtype = {}
-        warnings.append("No pictures: matplotlib is not installed.")
+def make_report(e: Environment, found: Measured, swept: bool = False) -> Report:
+    """Everything that was found out, by the benchmark or by the sweep over settings."""
     return Report(
         kind="cuda",
         environment=e,
-        facts=f"{e.facts} Measured in {found.seconds:.0f} s.",
-        csv=csv_of(found),
-        tables=[
-            *_summary_tables(e, found),
-            mean_table(found.times),
-            shape_table(found.times),
-            pass_table(found.times, found.kernels, e.copy_gb_per_s),
-            cifar_table(found.times),
-            component_table(found.times),
-            memory_table(found.memory),
-            kernel_table(found.times, [shape_label(shape) for shape in cuda.SHAPES[:2]]),
-        ],
-        figures={
-            f"-{dtype}": plot(rows, f"{dtype}, {e.device}; unit: eager nn.BatchNorm2d with the same operations")
-            for dtype, rows in by_dtype.items()
-            if rows
-        },
-        text=_HOW,
-        warnings=warnings,
+        facts=f"{_facts(e)} Measured in {found.seconds:.0f} s.",
+        csv=sweep.csv_of(found) if swept else csv_of(found),
+        tables=sweep.tables(found) if swept else _tables(e, found),
+        text=sweep.HOW if swept else _HOW,
+        pictures={} if swept else _pictures(e, found),
+        warnings=found.warnings,
+        part="-sweep" if swept else "",
     )
+
+
+def _tables(e: Environment, found: Measured) -> list[Table]:
+    times = Times(found.times)
+    return [
+        *_summary_tables(e, found),
+        mean_table(times),
+        shape_table(times),
+        pass_table(times, found.kernels, e["copy_gb_per_s"]),
+        cifar_table(found.times),
+        component_table(times),
+        memory_table(found.memory),
+        kernel_table(times, [shape_label(shape) for shape in plan.SHAPES[:2]]),
+    ]
+
+
+def _pictures(e: Environment, found: Measured) -> dict[str, tuple[list[CudaRow], str]]:
+    drawn = {(OURS + operation, 4) for operation in OPERATIONS}
+    drawn |= {(BATCHNORM + operation + COMPILED, 1) for operation in OPERATIONS}
+    shown = [row for row in Times(found.times).rows.values() if row.member in drawn and row.ratio_to_batchnorm]
+    title = f"{e['device']}; unit: eager nn.BatchNorm2d with the same operations"
+    by_dtype = {dtype: [row for row in shown if row.dtype == dtype] for dtype in DTYPES}
+    return {f"-{dtype}": (rows, f"{dtype}, {title}") for dtype, rows in by_dtype.items() if rows}
 
 
 _HOW = """## How this was measured
@@ -147,9 +152,10 @@ _HOW = """## How this was measured
   replay of a turn is not counted.
 - What is compared stands in one comparison, a *phase* (CSV) has one for each input. Ratios are of times from one
   comparison; other figures of layers that several phases measure are those of the first. Phases, in this order: *plain*
-  (ours, M=4, and nn.BatchNorm2d), *fused* and *compiled* in float32 and bfloat16; the *reference* at three shapes;
-  *components*, M = 1, 2 and 8, in contiguous tensors; *float16* and *batch 256* without compiled layers; *saturated*
-  and *constant* data. *evaluation forward* is not measured for compiled layers.
+  (ours, M=4, and nn.BatchNorm2d), *fused*, *split* and *compiled* in float32 and bfloat16; the *reference* at three
+  shapes; *components*, M = 1, 2 and 8, in contiguous tensors; *float16* and *batch 256* without compiled layers;
+  *saturated* and *constant* data. *evaluation forward* is not measured for compiled layers and split ones.
+- *split*: each image is normalised with the component of its group; the groups are random, as large as each other.
 - *Eager* steps, small inputs only: many are queued, then the device is waited for once; a step's share of the wall
   clock. That is what the host needs.
 - L2 *cold*, where nothing is said: a graph's steps each have input, output and gradients of their own, together at

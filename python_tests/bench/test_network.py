@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench import network
-from bench.harness import read_csv
-from bench.network import NORMS, Environment, Network, NetworkRow
+from bench.network import NORMS, Network, NetworkRow
+from bench.report import read_csv, read_environment
 from cbn_ext import CompoundBatchNorm2d, CompoundBatchNormAct2d
 
 
@@ -30,7 +30,9 @@ def test_each_norm_has_its_row_beside_batch_norm(tiny, capsys, tmp_path):
     for row in rows:
         assert row.samples >= 4
         assert row.ratio_to_batchnorm == pytest.approx(row.median_ms / rows[0].median_ms, abs=2e-3)
-    assert read_csv(path, Environment)[0].torch == torch.__version__
+    environment = read_environment(path, NetworkRow)
+    assert list(environment) == ["device", "torch", "torchvision", "cbn_ext", "date"]
+    assert environment["torch"] == torch.__version__
     assert "resnet18  2x3x32x32  float32  channels_last  cbn_ext fused" in capsys.readouterr().out
 
 

@@ -1,7 +1,7 @@
 """Loops in machine code (SASS), and what they load and store."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 _FUNCTION = re.compile(r"^\s*Function : (\S+)")
@@ -23,11 +23,11 @@ class Instruction(NamedTuple):
         return next((int(modifier) for modifier in self.modifiers if modifier in ("64", "128")), 32)
 
 
-def parse(text: str) -> dict[str, list[Instruction]]:
+def parse(lines: Iterable[str]) -> dict[str, list[Instruction]]:
     """The functions in a disassembler's output, by their mangled names."""
     functions: dict[str, list[Instruction]] = {}
     code: list[Instruction] = []
-    for line in text.splitlines():
+    for line in lines:
         if function := _FUNCTION.match(line):
             code = functions.setdefault(function[1], [])
         elif found := _INSTRUCTION.match(line):
@@ -39,16 +39,16 @@ def parse(text: str) -> dict[str, list[Instruction]]:
     return functions
 
 
-def count(code: Sequence[Instruction], name: str, modifier: str | None = None) -> int:
-    """Instructions of this name and modifier."""
-    return sum(i.name == name and (modifier is None or modifier in i.modifiers) for i in code)
+def count(code: Sequence[Instruction], *names: str, modifier: str | None = None) -> int:
+    """Instructions of one of these names, with this modifier."""
+    return sum(i.name in names and (modifier is None or modifier in i.modifiers) for i in code)
 
 
 def innermost_loops(code: Sequence[Instruction], name: str, modifier: str) -> list[Sequence[Instruction]]:
     """Stretches with such an instruction that end with a branch back to their start, and hold no other such stretch."""
     index = {instruction.address: number for number, instruction in enumerate(code)}
     spans = [(index[i.target], end) for end, i in enumerate(code) if i.target in index and index[i.target] < end]
-    spans = [(start, end) for start, end in spans if count(code[start : end + 1], name, modifier)]
+    spans = [(start, end) for start, end in spans if count(code[start : end + 1], name, modifier=modifier)]
     return [
         code[first : last + 1]
         for first, last in spans

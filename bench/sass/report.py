@@ -1,23 +1,20 @@
-"""What the compiler made of the kernels: instructions, MUFU operations, registers and bytes an element, by pass.
+"""Instructions, MUFU operations, registers and bytes an element of the kernels' plain loops, by pass.
 
 `python -m bench sass` reads the machine code (SASS) of the CUDA library and sets it beside what was planned.
 """
 
-import importlib.util
-import os
 import re
-import shutil
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import torch
 
 import cbn_ext
-from bench.report import Report, Table
-from bench.sass_loops import Instruction, accessed, count, has_alternatives, innermost_loops, parse
+from bench.report import Report, Table, versions
+from bench.sass.code import Instruction, accessed, count, has_alternatives, innermost_loops, parse
+from bench.sass.tools import cuobjdump
 
 #: Picoseconds of an H200 at 1.98 GHz and 4.3 TB/s: an issue slot, a MUFU operation, a byte of DRAM.
 ISSUE_PS, MUFU_PS, BYTE_PS = 0.030, 0.24, 0.233
@@ -72,16 +69,6 @@ class SassRow:
     stack: int
 
 
-@dataclass(frozen=True)
-class Environment:
-    """What was read, and by what it was compiled."""
-
-    device: str
-    torch: str
-    cbn_ext: str
-    date: str
-
-
 def run(library: Path | None, folder: Path) -> None:
     """Read `library`, by default that of cbn_ext, show and write a report for each architecture in it.
 
@@ -90,16 +77,13 @@ def run(library: Path | None, folder: Path) -> None:
         RuntimeError: the disassembler failed, or there are no kernels in the library.
     """
     library = library or find_library()
-    tool = find_disassembler()
-    listing = _call(tool, "--list-elf", str(library))
-    archs = sorted(set(re.findall(r"\.(sm_\w+)\.cubin", listing)))
+    archs = sorted(set(re.findall(r"\.(sm_\w+)\.cubin", "".join(cuobjdump(library, "--list-elf")))))
     if not archs:
         raise RuntimeError(f"expected machine code in {library}, found none")
     for arch in archs:
-        report = make_report(arch, list(rows_of(tool, library, arch)))
+        report = make_report(arch, rows_of(library, arch))
         report.show()
-        for path in report.write(folder):
-            print(f"wrote {path}")
+        report.write(folder)
 
 
 def find_library() -> Path:
@@ -110,42 +94,22 @@ def find_library() -> Path:
     raise FileNotFoundError(f"expected the CUDA library _C_cuda*.so in {folder}; it is not built")
 
 
-def find_disassembler() -> str:
-    """cuobjdump: of the toolkit, on PATH, or that of Triton's package."""
-    candidates = [Path(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    if triton := importlib.util.find_spec("triton"):
-        candidates.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    for folder in candidates:
-        if (folder / "cuobjdump").is_file():
-            return str(folder / "cuobjdump")
-    if found := shutil.which("cuobjdump"):
-        return found
-    raise FileNotFoundError(f"expected cuobjdump in {', '.join(map(str, candidates))} or on PATH; found none")
-
-
-def _call(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[:2])} failed: {done.stderr.strip()}")
-    return done.stdout
-
-
-def rows_of(tool: str, library: Path, arch: str) -> Iterator[SassRow]:
+def rows_of(library: Path, arch: str) -> list[SassRow]:
     """The rows of every kernel with four components, in the order of their passes."""
-    usage = registers(_call(tool, "-res-usage", "-arch", arch, str(library)))
+    usage = registers(cuobjdump(library, "-res-usage", "-arch", arch))
     wanted = [name for name in usage if (kernel := _KERNEL.match(name)) and int(kernel[3]) == _COMPONENTS]
     if not wanted:
         raise RuntimeError(f"expected kernels of {_COMPONENTS} components for {arch} in {library}, found none")
-    functions = parse(_call(tool, "-sass", "-arch", arch, "-fun", ",".join(wanted), str(library)))
+    functions = parse(cuobjdump(library, "-sass", "-arch", arch, "-fun", ",".join(wanted)))
     rows = [row for name in wanted for row in rows_of_kernel(arch, name, functions[name], *usage[name])]
     order = list(PLANNED)
     rows.sort(key=lambda row: (row.layout != "contiguous", row.dtype, row.path != "streaming", order.index(row.name)))
-    yield from rows
+    return rows
 
 
-def registers(text: str) -> dict[str, tuple[int, int]]:
+def registers(lines: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Registers and bytes of stack by function, from the output of `cuobjdump -res-usage`."""
-    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", text)
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", "".join(lines))
     return {name: (int(count), int(stack)) for name, count, stack in found}
 
 
@@ -167,15 +131,15 @@ def plain_loops(code: Sequence[Instruction], loaded: int, stored: int) -> list[S
 
 def elements_of(loop: Sequence[Instruction]) -> int:
     """Elements in one turn: with bounded log-odds one component needs no exponential."""
-    return count(loop, "MUFU", "EX2") // (_COMPONENTS - 1)
+    return count(loop, "MUFU", modifier="EX2") // (_COMPONENTS - 1)
 
 
 def rows_of_kernel(arch: str, name: str, code: list[Instruction], register_count: int, stack: int) -> Iterator[SassRow]:
     """A row for each plain loop: a turn executes all its instructions."""
-    kernel = _KERNEL.match(name)
-    dtype, size = _DTYPES[kernel[2]]
-    tensors, *labels = _PASSES[kernel[5]]
-    for fetches, stores in _LOOPS[kernel[1]]:
+    kind, element, _, last, number = _KERNEL.match(name).groups()
+    dtype, size = _DTYPES[element]
+    tensors, *labels = _PASSES[number]
+    for fetches, stores in _LOOPS[kind]:
         wanted, loaded, stored = labels[stores], size * tensors * fetches, size * stores
         loops = plain_loops(code, loaded, stored)
         if len(loops) != len(wanted):
@@ -188,13 +152,13 @@ def rows_of_kernel(arch: str, name: str, code: list[Instruction], register_count
             yield SassRow(
                 arch=arch,
                 dtype=dtype,
-                layout="channels_last" if kernel[4] == "1" else "contiguous",
-                path="on chip" if kernel[1] == "resident" else "streaming",
+                layout="channels_last" if last == "1" else "contiguous",
+                path="on chip" if kind == "resident" else "streaming",
                 name=label,
                 instructions=len(loop) / elements,
                 mufu=count(loop, "MUFU") / elements,
-                memory=(count(loop, "LDG") + count(loop, "LDGSTS") + count(loop, "STG")) / elements,
-                shared=(count(loop, "LDS") + count(loop, "STS")) / elements,
+                memory=count(loop, "LDG", "LDGSTS", "STG") / elements,
+                shared=count(loop, "LDS", "STS") / elements,
                 bytes=loaded + stored,
                 elements=elements,
                 registers=register_count,
@@ -204,40 +168,30 @@ def rows_of_kernel(arch: str, name: str, code: list[Instruction], register_count
 
 def make_report(arch: str, rows: list[SassRow]) -> Report:
     """The rows of one architecture beside the plan."""
-    environment = Environment(arch, torch.__version__, cbn_ext.__version__, date.today().isoformat())
+    environment = {"device": arch, **versions(torch, cbn_ext)}
     header = ("layout, dtype", "path", "pass", "instructions", "planned", "MUFU", "planned", "memory", "shared")
     header += ("bytes", "issue ps", "MUFU ps", "DRAM ps", "elements", "registers", "stack")
-    sections: dict[tuple[str, str], list[list[str]]] = {}
+    sections: dict[str, list[list[str]]] = defaultdict(list)
     for row in rows:
         instructions, mufu = PLANNED[row.name]
-        sections.setdefault((row.layout, row.dtype), []).append(
+        label = f"{row.layout} {row.dtype}"
+        counts = f"{row.instructions:.1f}", str(instructions), f"{row.mufu:.2f}", str(mufu)
+        bounds = row.instructions * ISSUE_PS, row.mufu * MUFU_PS, row.bytes * BYTE_PS
+        sections[label].append(
             [
-                f"{row.layout} {row.dtype}",
-                row.path,
-                row.name,
-                f"{row.instructions:.1f}",
-                str(instructions),
-                f"{row.mufu:.2f}",
-                str(mufu),
-                f"{row.memory:.2f}",
-                f"{row.shared:.2f}",
-                str(row.bytes),
-                f"{row.instructions * ISSUE_PS:.2f}",
-                f"{row.mufu * MUFU_PS:.2f}",
-                f"{row.bytes * BYTE_PS:.2f}",
-                str(row.elements),
-                str(row.registers),
-                str(row.stack),
+                *(label, row.path, row.name, *counts, f"{row.memory:.2f}", f"{row.shared:.2f}", str(row.bytes)),
+                *(f"{bound:.2f}" for bound in bounds),
+                *(str(row.elements), str(row.registers), str(row.stack)),
             ]
         )
     return Report(
         kind="sass",
         environment=environment,
-        facts=f"Machine code for {arch}, compiled beside torch {environment.torch}, cbn_ext {environment.cbn_ext}; "
-        f"{environment.date}.",
+        facts="Machine code for {device}, compiled beside torch {torch}, cbn_ext {cbn_ext}; {date}.".format(
+            **environment
+        ),
         csv={"": rows},
         tables=[Table(f"An element of four components, {arch}", header, list(sections.values()))],
-        figures={},
         text=_HOW,
     )
 

@@ -5,13 +5,15 @@ that double backward differentiates the composite formula rather than, silently,
 """
 
 import inspect
-from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import ops, reference
 from ._extension import backend, load_error, native_available, warn_of_fallback
+from .options import Mode, Options
 
 #: Share of the start mixture's unit variance that lies between its components (the rest lies within each).
 _SPREAD = 0.5
@@ -100,10 +102,9 @@ def compound_batch_norm(
         dtype = reference.compute_dtype(input.dtype)
         running = start_mixture(num_components, input.shape[1], responsibility, device=input.device, dtype=dtype)
         momentum = None
-    return _normalize(
-        input, residual, None, *running, weight, bias,
-        training, activation, momentum, eps, responsibility, detach_responsibility,
-    )  # fmt: skip
+    mode = Mode.JOINT if responsibility == "joint" else Mode.CHANNEL
+    options = Options(mode, training, _relu_of(activation), detach_responsibility, eps)
+    return _normalize(input, residual, None, *running, weight, bias, options, momentum)
 
 
 def split_batch_norm(
@@ -151,10 +152,8 @@ def split_batch_norm(
         raise RuntimeError(f"expected groups on {input.device}, the input's device, got {groups.device}")
     if groups.dtype != torch.long:
         groups = groups.long()
-    return _normalize(
-        input, residual, groups, None, running_mean, running_var, weight, bias,
-        True, activation, momentum, eps, "channel", False,
-    )  # fmt: skip
+    options = Options(Mode.GROUPS, True, _relu_of(activation), False, eps)
+    return _normalize(input, residual, groups, None, running_mean, running_var, weight, bias, options, momentum)
 
 
 def _normalize(
@@ -166,46 +165,43 @@ def _normalize(
     var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    training: bool,
-    activation: str | None,
+    options: Options,
     momentum: float | Tensor | None,
-    eps: float,
-    responsibility: str,
-    detach_responsibility: bool,
 ) -> Tensor:
-    _check(input, residual, prior, mean, var, weight, bias, training, activation, responsibility)
+    _check(input, residual, prior, mean, var, weight, bias, options)
     dtype = reference.compute_dtype(input.dtype)
-    native = _use_native(input, responsibility)
-    per_channel = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (weight, bias, prior, mean, var))
-    y, _, _, batch = _Normalize.apply(
-        input, residual, groups, *per_channel,
-        training, activation == "relu", eps, responsibility, detach_responsibility, native,
-    )  # fmt: skip
-    if training and momentum is not None:
+    backend = _choose_backend(input.device.type, options.mode)
+    per_channel = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (prior, mean, var, weight, bias))
+    y, _, _, batch = _Normalize.apply(input, residual, groups, *per_channel, options, backend)
+    if options.training and momentum is not None:
         with torch.no_grad():
             # The native update takes a number, and statistics of the dtype they were used in.
-            native = native and not isinstance(momentum, Tensor) and mean.dtype == dtype
-            update = ops.update_running if native else reference.update_running
+            update = (reference if isinstance(momentum, Tensor) or mean.dtype != dtype else backend).update_running
             points = input.numel() // input.shape[1] if input.shape[1] else 0
             update(prior, mean, var, batch, points, momentum)
     return y
 
 
-def _use_native(input: Tensor, responsibility: str) -> bool:
-    choice, device = backend(), input.device.type
-    if choice == "reference":
-        return False
+def _choose_backend(device: str, mode: Mode) -> ModuleType:
+    """What computes this call, `ops` or `reference`: both have the same functions."""
+    choice = backend()
     if choice == "native":
-        if responsibility != "channel":
-            raise NotImplementedError(f'the backend "native" serves channel and split mode, got {responsibility}')
+        if mode is Mode.JOINT:
+            raise NotImplementedError('the backend "native" serves channel and split mode, got joint')
         if not native_available(device):
             raise RuntimeError(f'the backend "native" is not available: {load_error(device)}')
-    if responsibility != "channel":
-        return False
+    if choice == "reference" or mode is Mode.JOINT:
+        return reference
     if not native_available(device):
         warn_of_fallback(device)
-        return False
-    return True
+        return reference
+    return ops
+
+
+def _relu_of(activation: str | None) -> bool:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"expected activation in {ACTIVATIONS}, got {activation!r}")
+    return activation == "relu"
 
 
 def _check(
@@ -216,13 +212,9 @@ def _check(
     var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    training: bool,
-    activation: str | None,
-    responsibility: str,
+    options: Options,
 ) -> None:
     """Raise where the arguments do not fit together; the messages name what was expected and what came."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"expected activation in {ACTIVATIONS}, got {activation!r}")
     if input.dtype not in _DTYPES:
         raise NotImplementedError(f"expected an input of {_DTYPES}, got {input.dtype}")
     if not 2 <= input.dim() <= 5:
@@ -238,7 +230,7 @@ def _check(
     narrow = input.dtype in (torch.float16, torch.bfloat16)
     allowed = (input.dtype, torch.float32) if narrow else (input.dtype,)
     for name, tensor, expected in (
-        ("running_prior", prior, shape[:1] if responsibility == "joint" else shape),
+        ("running_prior", prior, shape[:1] if options.mode is Mode.JOINT else shape),
         ("running_mean", mean, shape),
         ("running_var", var, shape),
         ("weight", weight, shape),
@@ -264,14 +256,21 @@ def _check(
             raise RuntimeError(f"expected residual of {input.dtype}, the input's dtype, got {residual.dtype}")
         if residual.device != input.device:
             raise RuntimeError(f"expected residual on {input.device}, the input's device, got {residual.device}")
-    if training and input.shape.numel() // max(channels, 1) == 1 and channels:
+    if options.training and input.shape.numel() // max(channels, 1) == 1 and channels:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
 
 
-def _keep_signature(forward: Callable) -> Callable:
-    """Store a forward's signature: torch binds arguments to it in each call, and would else read it anew each time."""
-    forward.__signature__ = inspect.signature(forward)
-    return forward
+def _inputs(function: type[torch.autograd.Function]) -> tuple[str, ...]:
+    """Names of a Function's inputs. Keeps its forward's signature, which torch would else read anew in each call."""
+    signature = inspect.signature(function.forward)
+    function.forward.__signature__ = signature
+    return tuple(signature.parameters)
+
+
+def _gradients(ctx, inputs: tuple[str, ...], **gradients: Tensor) -> tuple[Tensor | None, ...]:
+    """What a Function's backward returns: for each of its inputs the gradient given, where one is asked for."""
+    asked = zip(inputs, ctx.needs_input_grad, strict=True)
+    return tuple(gradients.get(name) if needed else None for name, needed in asked)
 
 
 class _Normalize(torch.autograd.Function):
@@ -280,42 +279,28 @@ class _Normalize(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_keep_signature
-    def forward(
-        x, residual, groups, weight, bias, prior, mean, var, training, relu, eps, responsibility, detach, native
-    ):  # fmt: skip
-        arguments = (x, residual, groups, prior, mean, var, weight, bias)
-        if native:
-            return ops.forward(*arguments, training=training, relu=relu, eps=eps)
-        return reference.forward(
-            *arguments,
-            training=training,
-            relu=relu,
-            eps=eps,
-            responsibility=responsibility,
-            detach_responsibility=detach,
-        )
+    def forward(x, residual, groups, prior, mean, var, weight, bias, options, backend):
+        return backend.forward(x, residual, groups, prior, mean, var, weight, bias, options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, residual, groups, weight, bias, _, _, _, training, relu, *options = inputs
+        x, residual, groups, _, _, _, weight, bias, ctx.options, ctx.backend = inputs
         _, mask, running, batch = output
-        ctx.options = (training, relu, *options)
         ctx.mark_non_differentiable(mask, running, batch)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, mask if relu and residual is not None else None, groups, running, batch)
+        mask = mask if ctx.options.relu and residual is not None else None
+        ctx.save_for_backward(x, mask, groups, running, batch, weight, bias)
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 14
-        x, weight, bias, mask, *rest = ctx.saved_tensors
+            return _gradients(ctx, _NORMALIZE_INPUTS)
+        x, mask, *rest = ctx.saved_tensors
         grad_x, grad_residual, grad_weight, grad_bias = _NormalizeBackward.apply(
-            grad, x, weight, bias, mask, *rest, *ctx.options
+            grad, x, mask, *rest, ctx.options, ctx.backend
         )
-        grads = (grad_x, grad if mask is None else grad_residual, None, grad_weight, grad_bias)
-        needed = (g if n else None for g, n in zip(grads, ctx.needs_input_grad[:5], strict=True))
-        return *needed, *[None] * 9
+        grad_residual = grad if mask is None else grad_residual
+        return _gradients(ctx, _NORMALIZE_INPUTS, x=grad_x, residual=grad_residual, weight=grad_weight, bias=grad_bias)
 
 
 class _NormalizeBackward(torch.autograd.Function):
@@ -324,53 +309,39 @@ class _NormalizeBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @_keep_signature
-    def forward(
-        grad, x, weight, bias, mask, groups, running, batch, training, relu, eps, responsibility, detach, native
-    ):  # fmt: skip
-        arguments = (grad, x, mask, groups, running, batch, weight, bias)
-        if native:
-            return ops.backward(*arguments, training=training, relu=relu, eps=eps, detach_responsibility=detach)
-        return reference.backward(
-            *arguments,
-            training=training,
-            relu=relu,
-            eps=eps,
-            responsibility=responsibility,
-            detach_responsibility=detach,
-        )
+    def forward(grad, x, mask, groups, running, batch, weight, bias, options, backend):
+        return backend.backward(grad, x, mask, groups, running, batch, weight, bias, options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, training, relu, eps, responsibility, detach, native = inputs
-        ctx.options = (training, relu, eps, responsibility, detach, native)
+        *tensors, ctx.options, ctx.backend = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, *grad_grads):
         grad, *saved = ctx.saved_tensors
-        x, weight, bias, mask, groups, running, _ = saved
-        training, relu, eps, responsibility, detach, _ = ctx.options
-        prior, mean, var = reference.unstacked(running, responsibility)
+        x, mask, groups, running, _, weight, bias = saved
+        prior, mean, var = reference.unstacked(running, ctx.options.mode)
         # None (no affine) cannot be an argument of vjp; the gradients' formula is the same with 1 and 0.
         affine = [torch.ones_like(mean) if weight is None else weight, torch.zeros_like(mean) if bias is None else bias]
-        gate = None
+        gate, options = None, ctx.options
         if mask is not None:
             # Where gradients pass is a constant, and only the backend can read it.
-            gate = _NormalizeBackward.apply(torch.ones_like(grad), *saved, *ctx.options)[1].detach() != 0
+            passed = _NormalizeBackward.apply(torch.ones_like(grad), *saved, ctx.options, ctx.backend)[1]
+            gate, options = passed.detach() != 0, replace(ctx.options, relu=False)
 
         def output(x, weight, bias):
-            return reference.forward(
-                x, None, groups, prior, mean, var, weight, bias,
-                training=training, relu=relu and mask is None, eps=eps,
-                responsibility=responsibility, detach_responsibility=detach,
-            )[0]  # fmt: skip
+            return reference.forward(x, None, groups, prior, mean, var, weight, bias, options)[0]
 
         def gradients(grad, x, weight, bias):
             passed = grad if gate is None else torch.where(gate, grad, 0.0)
             grad_x, grad_weight, grad_bias = torch.func.vjp(output, x, weight, bias)[1](passed)
             return grad_x, passed if gate is not None else grad.new_empty(0), grad_weight, grad_bias
 
-        results = torch.func.vjp(gradients, grad, x, *affine)[1](grad_grads)
-        needed = (r if n else None for r, n in zip(results, ctx.needs_input_grad[:4], strict=True))
-        return *needed, *[None] * 10
+        grad_grad, grad_x, grad_weight, grad_bias = torch.func.vjp(gradients, grad, x, *affine)[1](grad_grads)
+        return _gradients(ctx, _BACKWARD_INPUTS, grad=grad_grad, x=grad_x, weight=grad_weight, bias=grad_bias)
+
+
+# Globals, because torch.compile (2.11) does not read attributes of a Function.
+_NORMALIZE_INPUTS = _inputs(_Normalize)
+_BACKWARD_INPUTS = _inputs(_NormalizeBackward)

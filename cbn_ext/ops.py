@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._extension import native_available
+from .options import Options
 
 
 def forward(
@@ -18,13 +19,11 @@ def forward(
     var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    *,
-    training: bool,
-    relu: bool,
-    eps: float,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output like x (N, C, ...), the ReLU's mask, running and batch statistics (3, M, C); see `reference.forward`."""
-    return torch.ops.cbn_ext.forward(x, residual, groups, prior, mean, var, weight, bias, training, relu, eps)
+    native = (options.training, options.relu, options.eps)
+    return torch.ops.cbn_ext.forward(x, residual, groups, prior, mean, var, weight, bias, *native)
 
 
 def backward(
@@ -36,16 +35,11 @@ def backward(
     batch: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    *,
-    training: bool,
-    relu: bool,
-    eps: float,
-    detach_responsibility: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for x (N, C, ...), the residual (like x with a mask, else empty), weight and bias (M, C)."""
-    return torch.ops.cbn_ext.backward(
-        grad, x, mask, groups, running, batch, weight, bias, training, relu, detach_responsibility, eps
-    )
+    native = (options.training, options.relu, options.detach_responsibility, options.eps)
+    return torch.ops.cbn_ext.backward(grad, x, mask, groups, running, batch, weight, bias, *native)
 
 
 def update_running(

@@ -30,7 +30,8 @@ SMALL = Case((4, 6, 5, 5))
 def posterior(case: Case) -> torch.Tensor:
     problem = providers.make_problem(case)
     running = (problem.state[f"running_{name}"] for name in ("prior", "mean", "var"))
-    return reference.responsibilities(problem.x.detach(), None, *running, providers.EPS, "channel")
+    options = reference.Options(reference.Mode.CHANNEL, True, False, False, providers.EPS)
+    return reference.responsibilities(problem.x.detach(), None, *running, options)
 
 
 def test_mixed_data_shares_the_responsibility_between_all_components():

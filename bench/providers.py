@@ -194,9 +194,8 @@ class ReferenceNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (N, C, H, W) and, in training, update the running statistics."""
         running = self.running_prior, self.running_mean, self.running_var
-        y, _, _, batch = reference.forward(
-            x, None, None, *running, self.weight, self.bias, training=self.training, relu=False, eps=EPS
-        )
+        options = reference.Options(reference.Mode.CHANNEL, self.training, False, False, EPS)
+        y, _, _, batch = reference.forward(x, None, None, *running, self.weight, self.bias, options)
         if self.training:
             with torch.no_grad():
                 reference.update_running(*running, batch, points=x.numel() // x.shape[1], momentum=MOMENTUM)
@@ -317,7 +316,8 @@ def expected_evaluation(problem: Problem, operation: str = NORM) -> Tensor:
 
 
 def _reference(x: Tensor, *state: Tensor, training: bool) -> Tensor:
-    return reference.forward(x, None, None, *state, training=training, relu=False, eps=EPS)[0]
+    options = reference.Options(reference.Mode.CHANNEL, training, False, False, EPS)
+    return reference.forward(x, None, None, *state, options)[0]
 
 
 def _activate(y: Tensor, problem: Problem, operation: str) -> Tensor:

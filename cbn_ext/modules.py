@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from .functional import ACTIVATIONS, compound_batch_norm, split_batch_norm, start_mixture
+from .checks import is_relu, mode_of
+from .functional import compound_batch_norm, split_batch_norm
 from .split import current_groups
+from .start import start_mixture
 
 _AFFINE_STARTS = ("preserve", "unit")
 
@@ -65,7 +67,7 @@ class _CompoundBatchNorm(nn.Module):
 
     def _start_mixture(self, like: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         shape = (self.num_components, self.num_features)
-        return start_mixture(*shape, self.responsibility, order, device=like.device, dtype=like.dtype)
+        return start_mixture(*shape, mode_of(self.responsibility), order, device=like.device, dtype=like.dtype)
 
     def reset_running_stats(self) -> None:
         """Start values: equal priors, equal variances, means spread in a random order of its own in each channel."""
@@ -243,8 +245,7 @@ class _ActivatedNorm(_CompoundBatchNorm):
     """What the layers with an activation add to those without."""
 
     def __init__(self, *arguments, activation: str | None = "relu", **options) -> None:
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"expected activation in {ACTIVATIONS}, got {activation!r}")
+        is_relu(activation)  # raises where it is unknown
         super().__init__(*arguments, **options)
         self.activation = activation
 

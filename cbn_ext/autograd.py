@@ -48,12 +48,9 @@ class Normalize(torch.autograd.Function):
     def backward(ctx, grad, *_):
         if grad is None:
             return _gradients(ctx, _NORMALIZE_INPUTS)
-        x, mask, *rest = ctx.saved_tensors
-        grad_x, grad_residual, grad_weight, grad_bias = NormalizeBackward.apply(
-            grad, x, mask, *rest, ctx.options, ctx.backend
-        )
-        grad_residual = grad if mask is None else grad_residual
-        return _gradients(ctx, _NORMALIZE_INPUTS, x=grad_x, residual=grad_residual, weight=grad_weight, bias=grad_bias)
+        dx, dresidual, dweight, dbias = NormalizeBackward.apply(grad, *ctx.saved_tensors, ctx.options, ctx.backend)
+        dresidual = grad if ctx.saved_tensors[1] is None else dresidual  # without a mask it is the output's gradient
+        return _gradients(ctx, _NORMALIZE_INPUTS, x=dx, residual=dresidual, weight=dweight, bias=dbias)
 
 
 class NormalizeBackward(torch.autograd.Function):
@@ -88,11 +85,11 @@ class NormalizeBackward(torch.autograd.Function):
 
         def gradients(grad, x, weight, bias):
             passed = grad if gate is None else torch.where(gate, grad, 0.0)
-            grad_x, grad_weight, grad_bias = torch.func.vjp(output, x, weight, bias)[1](passed)
-            return grad_x, passed if gate is not None else grad.new_empty(0), grad_weight, grad_bias
+            dx, dweight, dbias = torch.func.vjp(output, x, weight, bias)[1](passed)
+            return dx, passed if gate is not None else grad.new_empty(0), dweight, dbias
 
-        grad_grad, grad_x, grad_weight, grad_bias = torch.func.vjp(gradients, grad, x, *affine)[1](grad_grads)
-        return _gradients(ctx, _BACKWARD_INPUTS, grad=grad_grad, x=grad_x, weight=grad_weight, bias=grad_bias)
+        dgrad, dx, dweight, dbias = torch.func.vjp(gradients, grad, x, *affine)[1](grad_grads)
+        return _gradients(ctx, _BACKWARD_INPUTS, grad=dgrad, x=dx, weight=dweight, bias=dbias)
 
 
 # Globals, because torch.compile (2.11) does not read attributes of a Function.

@@ -108,9 +108,9 @@ def split_batch_norm(
         raise RuntimeError("expected running_mean and running_var, which tell the number of components, got None")
     check_groups(input, groups)
     options = Options(Mode.GROUPS, True, is_relu(activation), False, eps)
-    return _normalize(
-        input, residual, groups.long(), (None, running_mean, running_var, weight, bias), options, momentum
-    )
+    # Asked only where it changes something: a call of torch shows at small sizes.
+    groups = groups if groups.dtype == torch.long else groups.long()
+    return _normalize(input, residual, groups, (None, running_mean, running_var, weight, bias), options, momentum)
 
 
 def _normalize(
@@ -138,14 +138,13 @@ def _normalize(
 def _choose_backend(device: str, mode: Mode) -> ModuleType:
     """What computes this call, `ops` or `reference`: both have the same functions."""
     choice = backend()
-    if choice == "native":
-        if mode is Mode.JOINT:
-            raise NotImplementedError('the backend "native" serves channel and split mode, got joint')
-        if not native_available(device):
-            raise RuntimeError(f'the backend "native" is not available: {load_error(device)}')
+    if choice == "native" and mode is Mode.JOINT:
+        raise NotImplementedError('the backend "native" serves channel and split mode, got joint')
     if choice == "reference" or mode is Mode.JOINT:
         return reference
-    if not native_available(device):
-        warn_of_fallback(device)
-        return reference
-    return ops
+    if native_available(device):
+        return ops
+    if choice == "native":
+        raise RuntimeError(f'the backend "native" is not available: {load_error(device)}')
+    warn_of_fallback(device)
+    return reference

@@ -125,18 +125,9 @@ class _CompoundBatchNorm(nn.Module):
         groups = current_groups()
         if self.training and groups is not None:
             return split_batch_norm(input, groups, *running[1:], self.weight, self.bias, momentum, self.eps, **fused)
-        return compound_batch_norm(
-            input,
-            *running,
-            self.weight,
-            self.bias,
-            self.training or not self.track_running_stats,
-            momentum,
-            self.eps,
-            self.responsibility,
-            self.detach_responsibility,
-            **fused,
-        )
+        training = self.training or not self.track_running_stats
+        options = (training, momentum, self.eps, self.responsibility, self.detach_responsibility)
+        return compound_batch_norm(input, *running, self.weight, self.bias, *options, **fused)
 
     def extra_repr(self) -> str:
         """The arguments the layer was made with."""

@@ -14,18 +14,10 @@ class Mode(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is computed.
-
-    Attributes:
-        mode: who gives the responsibilities.
-        training: normalise with the batch's statistics rather than the running ones.
-        relu: max(0, ·) of the normalised x and the residual.
-        detach_responsibility: treat the responsibilities as constants in the gradient.
-        eps: ε, added to every variance.
-    """
+    """What forward and backward compute."""
 
     mode: Mode
-    training: bool
-    relu: bool
-    detach_responsibility: bool
-    eps: float
+    training: bool  # normalise with the batch's statistics rather than the running ones
+    relu: bool  # max(0, ·) of the sum of normalised x and residual
+    detach_responsibility: bool  # treat the responsibilities as constants in the gradient
+    eps: float  # ε, added to every variance

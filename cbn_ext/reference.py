@@ -223,12 +223,7 @@ def backward(
 
 
 def update_running(
-    prior: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    batch: Tensor,
-    points: int,
-    momentum: float | Tensor,
+    prior: Tensor | None, mean: Tensor, var: Tensor, batch: Tensor, points: int, momentum: float | Tensor
 ) -> None:
     """Temporal accumulation (eqs 13-15), in place; the variance that enters is the unbiased one.
 

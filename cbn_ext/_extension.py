@@ -4,7 +4,6 @@ import importlib
 import json
 import warnings
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -96,8 +95,7 @@ class use_backend:  # noqa: N801 - used like a function, as torch.set_grad_enabl
     def __init__(self, name: str) -> None:
         global _backend
         if name not in _BACKENDS:
-            expected = ", ".join(repr(allowed) for allowed in _BACKENDS)
-            raise ValueError(f"expected one of {expected} as backend, got {name!r}")
+            raise ValueError(f"expected one of {', '.join(map(repr, _BACKENDS))} as backend, got {name!r}")
         if name == "native" and not native_available():
             raise RuntimeError(f"the native backend is not available: {load_error()}")
         self._previous = _backend
@@ -106,9 +104,7 @@ class use_backend:  # noqa: N801 - used like a function, as torch.set_grad_enabl
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         global _backend
         _backend = self._previous
 

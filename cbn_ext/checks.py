@@ -41,8 +41,9 @@ def check_groups(x: Tensor, groups: Tensor) -> None:
     _check_device("groups", groups, x)
 
 
-def check_tensors(x: Tensor, residual: Tensor | None, per_channel: tuple[Tensor | None, ...], options: Options) -> None:
-    """The input x, the residual like it and prior, mean, var, weight and bias (M, C), the prior (M,) in joint mode."""
+def check_tensors(tensors: tuple[Tensor | None, ...], options: Options) -> None:
+    """Input, residual like it, groups (not looked at); prior, mean, var, weight, bias (M, C), a joint prior (M,)."""
+    x, residual, _, *per_channel = tensors
     if x.dtype not in _DTYPES:
         raise NotImplementedError(f"expected an input of {_DTYPES}, got {x.dtype}")
     if not 2 <= x.dim() <= 5:

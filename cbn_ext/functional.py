@@ -68,7 +68,7 @@ def compound_batch_norm(
         running = start_mixture(num_components, input.shape[1], mode, device=input.device, dtype=dtype)
         momentum = None
     options = Options(mode, training, is_relu(activation), detach_responsibility, eps)
-    return _normalize(input, residual, None, (*running, weight, bias), options, momentum)
+    return _normalize((input, residual, None, *running, weight, bias), options, momentum)
 
 
 def split_batch_norm(
@@ -91,10 +91,7 @@ def split_batch_norm(
         input: (N, C, ...) as for `compound_batch_norm`.
         groups: component of each image (N,), integers from 0 to M − 1.
         running_mean, running_var: (M, C), updated in place for the groups that are present.
-        weight, bias: γ and β (M, C), or None for 1 and 0.
-        momentum: λ, the weight of the batch in the running statistics; None leaves them as they are.
-        eps: ε, added to every variance.
-        residual, activation: as for `compound_batch_norm`.
+        weight, bias, momentum, eps, residual, activation: as for `compound_batch_norm`.
 
     Returns:
         Of the input's shape, dtype and memory format.
@@ -110,24 +107,18 @@ def split_batch_norm(
     options = Options(Mode.GROUPS, True, is_relu(activation), False, eps)
     # Asked only where it changes something: a call of torch shows at small sizes.
     groups = groups if groups.dtype == torch.long else groups.long()
-    return _normalize(input, residual, groups, (None, running_mean, running_var, weight, bias), options, momentum)
+    return _normalize((input, residual, groups, None, running_mean, running_var, weight, bias), options, momentum)
 
 
-def _normalize(
-    x: Tensor,
-    residual: Tensor | None,
-    groups: Tensor | None,
-    per_channel: tuple[Tensor | None, ...],  # prior, mean, var, weight, bias
-    options: Options,
-    momentum: float | Tensor | None,
-) -> Tensor:
-    check_tensors(x, residual, per_channel, options)
+def _normalize(tensors: tuple[Tensor | None, ...], options: Options, momentum: float | Tensor | None) -> Tensor:
+    """The output for x, residual, groups, prior, mean, var, weight and bias, the order of all layers below."""
+    check_tensors(tensors, options)
+    x, residual, groups, prior, mean, var, weight, bias = tensors
     backend = _choose_backend(x.device.type, options.mode)
     dtype = reference.compute_dtype(x.dtype)
-    converted = (t if t is None or t.dtype == dtype else t.to(dtype) for t in per_channel)
-    y, _, _, batch = Normalize.apply(x, residual, groups, *converted, options, backend)
+    per_channel = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (prior, mean, var, weight, bias))
+    y, _, _, batch = Normalize.apply(x, residual, groups, *per_channel, options, backend)
     if options.training and momentum is not None:
-        prior, mean, var, *_ = per_channel
         # The native update takes a number, and statistics of the dtype they were used in.
         update = (reference if isinstance(momentum, Tensor) or mean.dtype != dtype else backend).update_running
         with torch.no_grad():

@@ -74,7 +74,7 @@ class _CompoundBatchNorm(nn.Module):
         if self.track_running_stats:
             order = torch.rand(self.num_components, self.num_features, device=self.running_mean.device).argsort(0)
             start = self._start_mixture(self.running_mean, order)
-            for running, value in zip((self.running_prior, self.running_mean, self.running_var), start, strict=True):
+            for running, value in zip(self._running(), start, strict=True):
                 running.copy_(value)
             self.num_batches_tracked.zero_()
 

@@ -178,9 +178,6 @@ def backward(
     `mask` is given where there were a ReLU and a residual, whose gradient then is the masked `grad`; else it is `grad`
     itself, and an empty tensor stands for it.
     """
-    if x.numel() == 0:
-        none = torch.zeros_like(running[1])
-        return torch.empty_like(x), x.new_empty(0) if mask is None else torch.empty_like(x), none, none.clone()
     dims = _reduced_dims(x)
     wide, g = x.to(compute_dtype(x.dtype)), grad.to(compute_dtype(x.dtype))
     prior, mean, var = unstacked(running, options.mode)

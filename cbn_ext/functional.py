@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from ._extension import backend, load_error, native_available, warn_of_fallback
+from ._extension import backend, load_error, warn_of_fallback
 from .autograd import Normalize
 from .checks import check_groups, check_tensors, is_relu, mode_of
 from .options import Mode, Options
@@ -133,7 +133,7 @@ def _choose_backend(device: str, mode: Mode) -> ModuleType:
         raise NotImplementedError('the backend "native" serves channel and split mode, got joint')
     if choice == "reference" or mode is Mode.JOINT:
         return reference
-    if native_available(device):
+    if load_error(device) is None:
         return ops
     if choice == "native":
         raise RuntimeError(f'the backend "native" is not available: {load_error(device)}')

@@ -69,12 +69,17 @@ class _CompoundBatchNorm(nn.Module):
         shape = (self.num_components, self.num_features)
         return start_mixture(*shape, mode_of(self.responsibility), order, device=like.device, dtype=like.dtype)
 
+    def _mixture(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The running statistics; where none are kept the start mixture, which the E-step needs."""
+        tracked = (self.running_prior, self.running_mean, self.running_var)
+        return tracked if self.track_running_stats else self._start_mixture(like)
+
     def reset_running_stats(self) -> None:
         """Start values: equal priors, equal variances, means spread in a random order of its own in each channel."""
         if self.track_running_stats:
             order = torch.rand(self.num_components, self.num_features, device=self.running_mean.device).argsort(0)
             start = self._start_mixture(self.running_mean, order)
-            for running, value in zip(self._running(), start, strict=True):
+            for running, value in zip(self._mixture(self.running_mean), start, strict=True):
                 running.copy_(value)
             self.num_batches_tracked.zero_()
 
@@ -88,12 +93,9 @@ class _CompoundBatchNorm(nn.Module):
                 self.weight.fill_(1)
                 self.bias.zero_()
             else:
-                _, mean, var = self._running() if self.track_running_stats else self._start_mixture(self.weight)
+                _, mean, var = self._mixture(self.weight)
                 self.weight.copy_(var.sqrt())
                 self.bias.copy_(mean)
-
-    def _running(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.running_prior, self.running_mean, self.running_var
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input` (N, C, ...); in training mode inside `split_path`, by the images' groups.
@@ -111,17 +113,11 @@ class _CompoundBatchNorm(nn.Module):
         if input.shape[1] != self.num_features:
             raise RuntimeError(f"expected an input of {self.num_features} channels, got {input.shape[1]}")
 
-        if self.track_running_stats:
-            running, momentum = self._running(), self.momentum
-        else:
-            # The E-step needs a mixture, and nothing is to be kept.
-            running, momentum = self._start_mixture(self.weight if self.affine else input), None
+        running, momentum = self._mixture(self.weight if self.affine else input), None
         if self.training and self.track_running_stats:
             self.num_batches_tracked.add_(1)
-            if momentum is None:
-                # Cumulative average; a tensor, because reading the count would wait for the device.
-                momentum = 1.0 / self.num_batches_tracked.double()
-
+            # Cumulative average: a tensor, because reading the count would wait for the device.
+            momentum = 1.0 / self.num_batches_tracked.double() if self.momentum is None else self.momentum
         groups = current_groups()
         if self.training and groups is not None:
             return split_batch_norm(input, groups, *running[1:], self.weight, self.bias, momentum, self.eps, **fused)
@@ -162,7 +158,7 @@ class _CompoundBatchNorm(nn.Module):
             self.weight.copy_(weight.expand_as(self.weight))
             self.bias.copy_(bias.expand_as(self.bias))
         elif self.affine:
-            _, start_mean, start_var = self._running() if self.track_running_stats else self._start_mixture(like)
+            _, start_mean, start_var = self._mixture(like)
             scale = weight * torch.rsqrt(var + self.eps)
             self.weight.copy_(scale * torch.sqrt(start_var + self.eps))
             self.bias.copy_(bias + scale * (start_mean - mean))

@@ -6,7 +6,7 @@ Arguments and results are those of `cbn_ext.reference`; the native operators ser
 import torch
 from torch import Tensor
 
-from ._extension import native_available
+from ._extension import load_error
 from .options import Options
 
 
@@ -59,7 +59,7 @@ def read_cuda_environment() -> None:
     torch.ops.cbn_ext.read_cuda_environment()
 
 
-if native_available():
+if load_error() is None:
 
     def _empty_like(x: Tensor) -> Tensor:
         dense = x.is_contiguous() or x.movedim(1, -1).is_contiguous()

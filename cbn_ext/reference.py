@@ -51,8 +51,10 @@ def responsibilities(
     return torch.softmax(log_prior + log_density, dim=0)
 
 
-def batch_statistics(x: Tensor, p: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """M-step (eqs 10-12): mass, mean and biased variance, each (M, C); without mass, the given `mean` and `var`."""
+def batch_statistics(x: Tensor, p: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """M-step (eqs 10-12): mass, mean and biased variance (3, M, C); without mass, the given `mean` and `var`."""
+    if x.numel() == 0:
+        return torch.stack([torch.zeros_like(mean), mean, var])
     dims = _reduced_dims(x)
     # Deviations from the channel's mean keep their digits where the mean is large against the deviation.
     shift = x.detach().mean([d for d in range(x.dim()) if d != 1], keepdim=True)
@@ -67,7 +69,8 @@ def batch_statistics(x: Tensor, p: Tensor, mean: Tensor, var: Tensor) -> tuple[T
     batch_mean = (p * deviation).sum(dims) * inverse_mass
     centered = deviation - _along_channels(batch_mean, x)
     batch_var = (p * centered.square()).sum(dims) * inverse_mass
-    return mass, torch.where(absent, mean, batch_mean + shift.flatten()), torch.where(absent, var, batch_var)
+    mean, var = torch.where(absent, mean, batch_mean + shift.flatten()), torch.where(absent, var, batch_var)
+    return torch.stack([mass, mean, var])
 
 
 def forward(
@@ -103,11 +106,8 @@ def forward(
     copies = _opaque_stacked if options.training and torch.compiler.is_compiling() else _stacked
     running = copies(prior, mean, var)
     prior, mean, var = unstacked(running, options.mode)
-    if x.numel() == 0:
-        batch = torch.stack([torch.zeros_like(mean), mean, var]) if options.training else mean.new_empty(0)
-        return x.clone(), x.new_empty(0, dtype=torch.uint8), running, batch
     # On a device this would wait for it, and a compiled graph cannot branch on values.
-    if groups is not None and groups.device.type == "cpu" and not torch.compiler.is_compiling():
+    if groups is not None and x.numel() and groups.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = groups.min().item(), groups.max().item()
         if low < 0 or high >= mean.shape[0]:
             raise RuntimeError(f"expected groups from 0 to {mean.shape[0] - 1}, got values from {low} to {high}")
@@ -115,10 +115,9 @@ def forward(
     p = responsibilities(wide, groups, prior, mean, var, options)
     if options.detach_responsibility:
         p = p.detach()
-    batch = mean.new_empty(0)
+    batch = batch_statistics(wide, p, mean, var) if options.training else mean.new_empty(0)
     if options.training:
-        mass, mean, var = batch_statistics(wide, p, mean, var)
-        batch = torch.stack([mass, mean, var])
+        _, mean, var = batch.unbind()
     r = torch.rsqrt(var + options.eps)
     scale = r if weight is None else weight * r
     branches = (wide - _along_channels(mean, x)) * _along_channels(scale, x)

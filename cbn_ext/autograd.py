@@ -21,7 +21,7 @@ def _inputs(function: type[torch.autograd.Function]) -> tuple[str, ...]:
 
 
 def _gradients(ctx, inputs: tuple[str, ...], **gradients: Tensor) -> tuple[Tensor | None, ...]:
-    """What a Function's backward returns: for each of its inputs the gradient given, where one is asked for."""
+    """The result of a Function's backward: for each of its inputs the gradient named so, where one is asked for."""
     asked = zip(inputs, ctx.needs_input_grad, strict=True)
     return tuple(gradients.get(name) if needed else None for name, needed in asked)
 

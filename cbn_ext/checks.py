@@ -19,14 +19,14 @@ def mode_of(responsibility: str) -> Mode:
 
 
 def is_relu(activation: str | None) -> bool:
-    """Whether the activation is a ReLU rather than none."""
+    """True for a ReLU, False for no activation."""
     if activation not in _ACTIVATIONS:
         raise ValueError(f"expected activation in {_ACTIVATIONS}, got {activation!r}")
     return activation == "relu"
 
 
 def is_integer(groups: Tensor) -> bool:
-    """Whether the groups can be indices of components."""
+    """True where the groups can be indices of components."""
     return not (groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool)
 
 

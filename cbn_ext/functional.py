@@ -111,7 +111,7 @@ def split_batch_norm(
 
 
 def _normalize(tensors: tuple[Tensor | None, ...], options: Options, momentum: float | Tensor | None) -> Tensor:
-    """The output for x, residual, groups, prior, mean, var, weight and bias, the order of all layers below."""
+    """The output for (x, residual, groups, prior, mean, var, weight, bias), the order of every layer below."""
     check_tensors(tensors, options)
     x, residual, groups, prior, mean, var, weight, bias = tensors
     backend = _choose_backend(x.device.type, options.mode)
@@ -127,7 +127,7 @@ def _normalize(tensors: tuple[Tensor | None, ...], options: Options, momentum: f
 
 
 def _choose_backend(device: str, mode: Mode) -> ModuleType:
-    """What computes this call, `ops` or `reference`: both have the same functions."""
+    """The module that computes this call, `ops` or `reference`: both have the same functions."""
     choice = backend()
     if choice == "native" and mode is Mode.JOINT:
         raise NotImplementedError('the backend "native" serves channel and split mode, got joint')

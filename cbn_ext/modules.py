@@ -113,7 +113,8 @@ class _CompoundBatchNorm(nn.Module):
         if input.shape[1] != self.num_features:
             raise RuntimeError(f"expected an input of {self.num_features} channels, got {input.shape[1]}")
 
-        running, momentum = self._mixture(self.weight if self.affine else input), None
+        running = self._mixture(self.weight if self.affine else input)
+        momentum = None
         if self.training and self.track_running_stats:
             self.num_batches_tracked.add_(1)
             # Cumulative average: a tensor, because reading the count would wait for the device.
@@ -229,7 +230,7 @@ class CompoundBatchNorm3d(_CompoundBatchNorm):
 
 
 class _ActivatedNorm(_CompoundBatchNorm):
-    """What the layers with an activation add to those without."""
+    """Adds a residual and an activation to the layers without."""
 
     def __init__(self, *arguments, activation: str | None = "relu", **options) -> None:
         is_relu(activation)  # raises where it is unknown

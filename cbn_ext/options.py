@@ -14,7 +14,7 @@ class Mode(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What forward and backward compute."""
+    """The choices that forward and backward take."""
 
     mode: Mode
     training: bool  # normalise with the batch's statistics rather than the running ones

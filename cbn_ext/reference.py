@@ -95,7 +95,7 @@ def forward(
         options: what is computed.
 
     Returns:
-        The output like x, and what `backward` needs: with a ReLU and a residual its mask, uint8, one bit per
+        The output like x, and what `backward` needs: with a ReLU and a residual the ReLU's mask, uint8, one bit per
         element, else an empty tensor; copies of prior (0 for None), mean and variance, stacked to (3, M, C); in
         training the batch's mass, mean and biased variance, stacked likewise, else an empty tensor.
 

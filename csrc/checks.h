@@ -59,12 +59,12 @@ inline void check_input(const Tensor& x, int64_t mode, const OptionalTensor& gro
   STD_TORCH_CHECK(x.dim() >= 2, "expected x (N, C, ...), got shape ", to_text(x.sizes()));
   STD_TORCH_CHECK(components >= 1 && components <= kMaxComponents, "expected statistics of M components, M from 1 to ",
                   kMaxComponents, ", got ", components);
+  check_tensor(groups, "groups", {x.size(0)}, ScalarType::Long, x);
   STD_TORCH_CHECK(mode == static_cast<int64_t>(Mode::kChannel) || mode == static_cast<int64_t>(Mode::kGroups),
                   "expected mode 0 (channel) or 1 (groups), got ", mode);
   STD_TORCH_CHECK(groups.has_value() == (mode == static_cast<int64_t>(Mode::kGroups)),
                   "expected groups in mode 1 (groups) and in no other, got ", groups ? "groups" : "none", " in mode ",
                   mode);
-  check_tensor(groups, "groups", {x.size(0)}, ScalarType::Long, x);
 }
 
 using Named = std::pair<const char*, const OptionalTensor&>;

@@ -90,15 +90,15 @@ def test_every_limit_is_kept_and_every_element_covered_once(planned, device, tun
     if plan.resident:
         assert plan.splits in (1, 2, 4, 8) and plan.splits <= min(cluster, chosen.get("cluster", 8))
 
-    # Channels: blocks of K, the last one perhaps not full; lanes are whole in a warp and in the bytes of the mask.
-    assert plan.channels_of_block == (plan.lanes * v if channels_last else 1)
+    # Channels: blocks of K, the last one perhaps not full; columns are whole in a warp and in the bytes of the mask.
+    assert plan.channels_of_block == (plan.columns * v if channels_last else 1)
     assert (plan.channel_blocks - 1) * plan.channels_of_block < arguments["channels"]
     assert plan.channel_blocks * plan.channels_of_block >= arguments["channels"]
-    assert plan.lanes & (plan.lanes - 1) == 0 and plan.lanes <= WARP
+    assert plan.columns & (plan.columns - 1) == 0 and plan.columns <= WARP
     if channels_last:
-        assert plan.lanes * v % 8 == 0
+        assert plan.columns * v % 8 == 0
     else:
-        assert plan.lanes == 1
+        assert plan.columns == 1
 
     # Points: splits follow each other, start at whole warps, and cover all.
     assert plan.splits * plan.points_of_split >= arguments["points"]
@@ -106,7 +106,7 @@ def test_every_limit_is_kept_and_every_element_covered_once(planned, device, tun
         assert (plan.splits - 1) * plan.points_of_split < arguments["points"]
     if not channels_last:
         assert plan.points_of_split % (WARP * v) == 0
-    step = plan.threads // plan.lanes if channels_last else plan.threads * v
+    step = plan.threads // plan.columns if channels_last else plan.threads * v
     assert not plan.resident or plan.slots * step >= min(plan.points_of_split, arguments["points"])
 
     # Shared memory holds the chunks after everything else; the ring of the streaming path those under way and one more.
@@ -125,7 +125,7 @@ def test_every_limit_is_kept_and_every_element_covered_once(planned, device, tun
     assert _host.bytes_of_sums(asked, plan.splits) == of_split * plan.splits
     most = max(MOST_OF_INPUT * input_bytes, LITTLE)
     assert plan.splits == 1 or of_split * plan.splits <= most
-    rows = plan.threads // plan.lanes
+    rows = plan.threads // plan.columns
     of_thread = math.ceil(plan.points_of_split / rows)
     # Splits are limited by memory, but for rounding; or rounding takes a few more points, a quarter at most.
     limited = of_split * (2 * plan.splits + multiprocessors) > most
@@ -171,7 +171,7 @@ def test_a_map_has_the_blocks_it_is_asked_for(blocks, channels_last):
     _, asked = extent(256, 256 * 56 * 56, channels_last, tensors=2)
     plan = _host.plan_map(asked, H200, _host.Tuning(blocks=blocks))
     assert 0.9 * blocks * 132 <= plan.blocks <= blocks * 132
-    assert math.ceil(plan.points_of_split / (plan.threads // plan.lanes)) > 2 * MOST_POINTS or blocks == 16
+    assert math.ceil(plan.points_of_split / (plan.threads // plan.columns)) > 2 * MOST_POINTS or blocks == 16
 
 
 @pytest.mark.parametrize(

@@ -95,16 +95,8 @@ def _compound(
 ) -> nn.Module:
     like = norm.weight if norm.affine else norm.running_mean
     factory = {} if like is None else {"device": like.device, "dtype": like.dtype}
-    layer = _LAYERS[type(norm)][fused](
-        norm.num_features,
-        num_components,
-        norm.eps,
-        norm.momentum,
-        norm.affine,
-        norm.track_running_stats,
-        **options,
-        **factory,
-    )
+    arguments = (norm.num_features, num_components, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    layer = _LAYERS[type(norm)][fused](*arguments, **options, **factory)
     layer.load_batchnorm(norm.running_mean, norm.running_var, norm.weight, norm.bias)
     if norm.affine:
         layer.weight.requires_grad_(norm.weight.requires_grad)

@@ -37,8 +37,7 @@ class _CompoundBatchNorm(nn.Module):
         super().__init__()
         if not 1 <= num_components <= 16:
             raise ValueError(f"expected 1 <= num_components <= 16, got {num_components}")
-        if responsibility not in ("channel", "joint"):
-            raise ValueError(f'expected responsibility "channel" or "joint", got {responsibility!r}')
+        mode_of(responsibility)  # raises where it is unknown
         if affine_init is None:
             affine_init = "preserve" if responsibility == "channel" else "unit"
         if affine_init not in _AFFINE_STARTS:

@@ -12,6 +12,8 @@
 #include <cuda_runtime.h>
 
 #include <cassert>
+#include <cstring>
+#include <type_traits>
 
 namespace cbn {
 
@@ -98,33 +100,15 @@ __device__ __forceinline__ void wait_for_copies(bool many) {
       : "memory");
 }
 
-// Integers of so many bytes, that move in one instruction.
-template <size_t kBytes>
-struct Word;
-template <>
-struct Word<2> {
-  using Type = unsigned short;
-};
-template <>
-struct Word<4> {
-  using Type = unsigned;
-};
-template <>
-struct Word<8> {
-  using Type = uint2;
-};
-template <>
-struct Word<16> {
-  using Type = uint4;
-};
-
-// What is stored is not read again here: it goes first when the cache needs room.
+// What is stored is not read again here: it goes first when the cache needs room. One instruction, of the value's size.
 template <class P>
 __device__ __forceinline__ void store_global(P* to, P value) {
-  using W = typename Word<sizeof(P)>::Type;
-  W word;
-  memcpy(&word, &value, sizeof(P));
-  __stcs(reinterpret_cast<W*>(to), word);
+  constexpr int kBytes = sizeof(P);
+  using Narrow = std::conditional_t<kBytes == 2, unsigned short, unsigned>;
+  using Word = std::conditional_t<kBytes <= 4, Narrow, std::conditional_t<kBytes == 8, uint2, uint4> >;
+  Word word;
+  memcpy(&word, &value, sizeof(Word));
+  __stcs(reinterpret_cast<Word*>(to), word);
 }
 
 // Stops the kernel and the CUDA context with an error that names what was expected, whatever NDEBUG says.

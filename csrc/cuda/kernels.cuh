@@ -6,39 +6,27 @@
 
 namespace cbn {
 
-// The chunks of a block's threads in shared memory, [slots, threads] of each tensor that a pass reads: x, and the
-// output's gradient or the residual.
-template <class C>
-struct Slots {
-  using Chunk = typename Walk<C>::Chunk;
-  Chunk* first;
-  int count;
-
-  __device__ __forceinline__ Slots(const Block<C>& block, const Shared<C>& shared)
-      : first(reinterpret_cast<Chunk*>(shared.values)), count(block.a.slots) {}
-
-  __device__ __forceinline__ Chunk* operator()(int tensor, int slot) const {
-    return first + (tensor * count + slot) * blockDim.x + threadIdx.x;
-  }
-};
-
 enum class Source { kStream, kFetchAndKeep, kKept };
 
 // The thread's chunks, which stream through a ring of slots, or each have a slot of their own, in which they are kept
 // for another pass. The first ones are on their way from the start, while the coefficients are prepared. A thread reads
-// its own chunks only.
+// its own chunks only: shared memory has [slots, threads] of each tensor, x, and the output's gradient or the residual.
 template <class C, Pass pass, Source source>
 struct Chunks {
   using Chunk = typename Walk<C>::Chunk;
 
   const Block<C>& block;
-  Slots<C> slots;
+  Chunk* own;  // the thread's first chunk of x
   Walk<C> walk, ahead;
   int iterations;
   const void* second;
 
   __device__ __forceinline__ Chunks(const Block<C>& block, const Shared<C>& shared, const Walk<C>& start)
-      : block(block), slots(block, shared), walk(start), ahead(start), iterations(block.iterations()) {
+      : block(block),
+        own(reinterpret_cast<Chunk*>(shared.values) + threadIdx.x),
+        walk(start),
+        ahead(start),
+        iterations(block.iterations()) {
     // What is kept is for the second pass too.
     const bool needs_residual = pass == Pass::kNormalise || source == Source::kFetchAndKeep;
     second = reads_gradient(pass) ? block.a.grad : needs_residual ? block.a.residual : nullptr;
@@ -48,10 +36,13 @@ struct Chunks {
     }
   }
 
-  // A ring has a power of two of slots: one for the chunk that is worked on.
-  __device__ __forceinline__ int slot_of(int i) const { return source == Source::kStream ? i & (slots.count - 1) : i; }
+  // Chunk i of a tensor. A ring has a power of two of slots: one for the chunk that is worked on.
+  __device__ __forceinline__ Chunk* slot(int tensor, int i) const {
+    const int slots = block.a.slots, number = source == Source::kStream ? i & (slots - 1) : i;
+    return own + (tensor * slots + number) * blockDim.x;
+  }
   __device__ __forceinline__ int chunks_ahead() const {
-    return source == Source::kStream ? slots.count - 1 : kResidentChunksAhead;
+    return source == Source::kStream ? block.a.slots - 1 : kResidentChunksAhead;
   }
 
   // Waits for the chunk that was fetched `chunks_ahead` before the last one.
@@ -59,14 +50,14 @@ struct Chunks {
     if (source == Source::kFetchAndKeep)
       wait_for_copies<kResidentChunksAhead>();
     else
-      wait_for_copies<kChunksAhead, kMoreChunksAhead>(slots.count > kChunksAhead + 1);
+      wait_for_copies<kChunksAhead, kMoreChunksAhead>(block.a.slots > kChunksAhead + 1);
   }
 
   template <bool kPlain>
   __device__ __forceinline__ void fetch(int i) {
     if (i < iterations && ahead.template count<kPlain>() > 0) {
-      ahead.template fetch<kPlain>(slots(0, slot_of(i)), block.a.x);
-      if (reads_gradient(pass) || (!kPlain && second)) ahead.template fetch<kPlain>(slots(1, slot_of(i)), second);
+      ahead.template fetch<kPlain>(slot(0, i), block.a.x);
+      if (reads_gradient(pass) || (!kPlain && second)) ahead.template fetch<kPlain>(slot(1, i), second);
       ahead.advance();
     }
     commit_copies();
@@ -81,9 +72,9 @@ struct Chunks {
         fetch<kPlain>(i + chunks_ahead());
         wait();
       }
-      Chunk x = *slots(0, slot_of(i)), other;
-      if (reads_gradient(pass) || (!kPlain && second)) other = *slots(1, slot_of(i));
-      visit(walk, x, other, slots(0, slot_of(i)));
+      Chunk x = *slot(0, i), other;
+      if (reads_gradient(pass) || (!kPlain && second)) other = *slot(1, i);
+      visit(walk, x, other, slot(0, i));
       walk.advance();
     }
   }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cbn_ext import reference
+from cbn_ext import Mode, Options, reference
 
 #: What is computed, as it stands in names: cbn(x), relu(cbn(x)), relu(cbn(x) + residual).
 NORM, RELU, ADD_RELU = OPERATIONS = ("", " + ReLU", " + add + ReLU")
@@ -167,10 +167,9 @@ def expected_evaluation(problem: Problem, operation: str = NORM) -> Tensor:
 def run_reference(x: Tensor, *state: Tensor, training: bool, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """y like x (N, C, H, W), and the batch's statistics (3, M, C), of a layer's state, (M, C) each."""
     prior, mean, var, weight, bias = state
-    y, _, _, batch = reference.forward(
-        x, residual=None, groups=groups, prior=prior, mean=mean, var=var, weight=weight, bias=bias,
-        training=training, relu=False, eps=EPS,
-    )  # fmt: skip
+    mode = Mode.CHANNEL if groups is None else Mode.GROUPS
+    options = Options(mode, training, relu=False, detach_responsibility=False, eps=EPS)
+    y, _, _, batch = reference.forward(x, None, groups, prior, mean, var, weight, bias, options)
     return y, batch
 
 

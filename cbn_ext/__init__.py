@@ -13,6 +13,7 @@ from .modules import (
     CompoundBatchNormAct2d,
     CompoundBatchNormAct3d,
 )
+from .options import Mode, Options
 from .split import class_groups, split_path
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "CompoundBatchNormAct1d",
     "CompoundBatchNormAct2d",
     "CompoundBatchNormAct3d",
+    "Mode",
+    "Options",
     "__version__",
     "build_info",
     "class_groups",

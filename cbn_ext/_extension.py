@@ -4,7 +4,6 @@ import importlib
 import json
 import warnings
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -50,11 +49,6 @@ if _load_errors["cpu"] is not None:
     )
 
 
-def native_available(device: str = "cpu") -> bool:
-    """Whether the native operators for this type of device are loaded."""
-    return load_error(device) is None
-
-
 def load_error(device: str = "cpu") -> str | None:
     """Why there are no native operators for this type of device, None where there are."""
     return _load_errors.get(device, f"there are none for {device}")
@@ -96,9 +90,8 @@ class use_backend:  # noqa: N801 - used like a function, as torch.set_grad_enabl
     def __init__(self, name: str) -> None:
         global _backend
         if name not in _BACKENDS:
-            expected = ", ".join(repr(allowed) for allowed in _BACKENDS)
-            raise ValueError(f"expected one of {expected} as backend, got {name!r}")
-        if name == "native" and not native_available():
+            raise ValueError(f"expected one of {', '.join(map(repr, _BACKENDS))} as backend, got {name!r}")
+        if name == "native" and load_error() is not None:
             raise RuntimeError(f"the native backend is not available: {load_error()}")
         self._previous = _backend
         _backend = name
@@ -106,9 +99,7 @@ class use_backend:  # noqa: N801 - used like a function, as torch.set_grad_enabl
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         global _backend
         _backend = self._previous
 
@@ -129,12 +120,12 @@ def build_info() -> dict[str, object]:
     """
     record = _FOLDER / "_build.json"
     built = json.loads(record.read_text()) if record.exists() else {}
-    host = importlib.import_module("cbn_ext._host") if native_available() else None
+    host = importlib.import_module("cbn_ext._host") if load_error() is None else None
     return {
         "version": __version__,
         "torch": torch.__version__,
         "torch_built": built.get("torch"),
-        "backends": ["native", "reference"] if native_available() else ["reference"],
+        "backends": ["native", "reference"] if host else ["reference"],
         "isa": host.cpu_capability() if host else None,
         "compiler": host.build_facts()["compiler"] if host else None,
         "cuda_archs": built.get("cuda_archs", []),

@@ -1,48 +1,16 @@
-"""Compound and split batch normalization as functions: arguments checked, backend chosen, gradients attached.
+"""Compound and split batch normalization as functions: arguments checked, backend chosen, statistics updated."""
 
-One pair of `torch.autograd.Function`s serves every backend and mode. The backward pass is a Function of its own, so
-that double backward differentiates the composite formula rather than, silently, nothing.
-"""
-
-import inspect
-from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import ops, reference
-from ._extension import backend, load_error, native_available, warn_of_fallback
-
-#: Share of the start mixture's unit variance that lies between its components (the rest lies within each).
-_SPREAD = 0.5
-_RESPONSIBILITIES = ("channel", "joint")
-ACTIVATIONS = (None, "relu")
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def start_mixture(
-    num_components: int, num_features: int, responsibility: str, order: Tensor | None = None, **factory
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Prior (M, C), or (M,) in joint mode, mean and variance (M, C) of a mixture with mean 0 and variance 1.
-
-    The components' means are equally spaced; `order` (M, C) says which component of a channel takes which of them. By
-    default component m of channel c takes the one numbered (m + c) mod M, so that no component is lowest everywhere.
-    """
-    shape = (num_components, num_features)
-    if order is None:
-        order = torch.arange(num_components)[:, None] + torch.arange(num_features)
-        order = (order % num_components).to(factory.get("device"))
-    spread = _SPREAD if num_components > 1 else 0.0
-    # linspace(-1, 1, M) has variance (M + 1) / (3 (M - 1)).
-    scale = (3 * spread * (num_components - 1) / (num_components + 1)) ** 0.5
-    points = (
-        torch.linspace(-scale, scale, num_components, **factory) if num_components > 1 else torch.zeros(1, **factory)
-    )
-    return (
-        torch.full(shape if responsibility == "channel" else shape[:1], 1 / num_components, **factory),
-        points[order],
-        torch.full(shape, 1 - spread, **factory),
-    )
+from ._extension import backend, load_error, warn_of_fallback
+from .autograd import Normalize
+from .checks import check_groups, check_tensors, is_relu, mode_of
+from .options import Mode, Options
+from .start import start_mixture
 
 
 def compound_batch_norm(
@@ -86,8 +54,7 @@ def compound_batch_norm(
         RuntimeError: shapes, dtypes or devices that do not fit together.
         NotImplementedError: a dtype that is not supported, or joint mode with the backend "native".
     """
-    if responsibility not in _RESPONSIBILITIES:
-        raise ValueError(f"expected responsibility in {_RESPONSIBILITIES}, got {responsibility!r}")
+    mode = mode_of(responsibility)
     running = (running_prior, running_mean, running_var)
     if any(r is None for r in running):
         if not training or any(r is not None for r in running):
@@ -98,12 +65,10 @@ def compound_batch_norm(
         affine = weight if weight is not None else bias
         num_components = 1 if affine is None else affine.shape[0]
         dtype = reference.compute_dtype(input.dtype)
-        running = start_mixture(num_components, input.shape[1], responsibility, device=input.device, dtype=dtype)
+        running = start_mixture(num_components, input.shape[1], mode, device=input.device, dtype=dtype)
         momentum = None
-    return _normalize(
-        input, residual, None, *running, weight, bias,
-        training, activation, momentum, eps, responsibility, detach_responsibility,
-    )  # fmt: skip
+    options = Options(mode, training, is_relu(activation), detach_responsibility, eps)
+    return _normalize((input, residual, None, *running, weight, bias), options, momentum)
 
 
 def split_batch_norm(
@@ -126,10 +91,7 @@ def split_batch_norm(
         input: (N, C, ...) as for `compound_batch_norm`.
         groups: component of each image (N,), integers from 0 to M − 1.
         running_mean, running_var: (M, C), updated in place for the groups that are present.
-        weight, bias: γ and β (M, C), or None for 1 and 0.
-        momentum: λ, the weight of the batch in the running statistics; None leaves them as they are.
-        eps: ε, added to every variance.
-        residual, activation: as for `compound_batch_norm`.
+        weight, bias, momentum, eps, residual, activation: as for `compound_batch_norm`.
 
     Returns:
         Of the input's shape, dtype and memory format.
@@ -141,236 +103,39 @@ def split_batch_norm(
     """
     if running_mean is None or running_var is None:
         raise RuntimeError("expected running_mean and running_var, which tell the number of components, got None")
-    if groups.dim() != 1 or groups.shape[0] != input.shape[0]:
-        raise RuntimeError(
-            f"expected one group for each of the {input.shape[0]} images, got groups of shape {tuple(groups.shape)}"
-        )
-    if groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:
-        raise RuntimeError(f"expected integer groups, got {groups.dtype}")
-    if groups.device != input.device:
-        raise RuntimeError(f"expected groups on {input.device}, the input's device, got {groups.device}")
-    if groups.dtype != torch.long:
-        groups = groups.long()
-    return _normalize(
-        input, residual, groups, None, running_mean, running_var, weight, bias,
-        True, activation, momentum, eps, "channel", False,
-    )  # fmt: skip
+    check_groups(input, groups)
+    options = Options(Mode.GROUPS, True, is_relu(activation), False, eps)
+    # Asked only where it changes something: a call of torch shows at small sizes.
+    groups = groups if groups.dtype == torch.long else groups.long()
+    return _normalize((input, residual, groups, None, running_mean, running_var, weight, bias), options, momentum)
 
 
-def _normalize(
-    input: Tensor,
-    residual: Tensor | None,
-    groups: Tensor | None,
-    prior: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    activation: str | None,
-    momentum: float | Tensor | None,
-    eps: float,
-    responsibility: str,
-    detach_responsibility: bool,
-) -> Tensor:
-    _check(input, residual, prior, mean, var, weight, bias, training, activation, responsibility)
-    dtype = reference.compute_dtype(input.dtype)
-    native = _use_native(input, responsibility)
-    per_channel = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (weight, bias, prior, mean, var))
-    y, _, _, batch = _Normalize.apply(
-        input, residual, groups, *per_channel,
-        training, activation == "relu", eps, responsibility, detach_responsibility, native,
-    )  # fmt: skip
-    if training and momentum is not None:
+def _normalize(tensors: tuple[Tensor | None, ...], options: Options, momentum: float | Tensor | None) -> Tensor:
+    """The output for (x, residual, groups, prior, mean, var, weight, bias), the order of every layer below."""
+    check_tensors(tensors, options)
+    x, residual, groups, prior, mean, var, weight, bias = tensors
+    backend = _choose_backend(x.device.type, options.mode)
+    dtype = reference.compute_dtype(x.dtype)
+    per_channel = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (prior, mean, var, weight, bias))
+    y, _, _, batch = Normalize.apply(x, residual, groups, *per_channel, options, backend)
+    if options.training and momentum is not None:
+        # The native update takes a number, and statistics of the dtype they were used in.
+        update = (reference if isinstance(momentum, Tensor) or mean.dtype != dtype else backend).update_running
         with torch.no_grad():
-            # The native update takes a number, and statistics of the dtype they were used in.
-            native = native and not isinstance(momentum, Tensor) and mean.dtype == dtype
-            update = ops.update_running if native else reference.update_running
-            points = input.numel() // input.shape[1] if input.shape[1] else 0
-            update(prior, mean, var, batch, points, momentum)
+            update(prior, mean, var, batch, x.numel() // max(x.shape[1], 1), momentum)
     return y
 
 
-def _use_native(input: Tensor, responsibility: str) -> bool:
-    choice, device = backend(), input.device.type
-    if choice == "reference":
-        return False
+def _choose_backend(device: str, mode: Mode) -> ModuleType:
+    """The module that computes this call, `ops` or `reference`: both have the same functions."""
+    choice = backend()
+    if choice == "native" and mode is Mode.JOINT:
+        raise NotImplementedError('the backend "native" serves channel and split mode, got joint')
+    if choice == "reference" or mode is Mode.JOINT:
+        return reference
+    if load_error(device) is None:
+        return ops
     if choice == "native":
-        if responsibility != "channel":
-            raise NotImplementedError(f'the backend "native" serves channel and split mode, got {responsibility}')
-        if not native_available(device):
-            raise RuntimeError(f'the backend "native" is not available: {load_error(device)}')
-    if responsibility != "channel":
-        return False
-    if not native_available(device):
-        warn_of_fallback(device)
-        return False
-    return True
-
-
-def _check(
-    input: Tensor,
-    residual: Tensor | None,
-    prior: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    activation: str | None,
-    responsibility: str,
-) -> None:
-    """Raise where the arguments do not fit together; the messages name what was expected and what came."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"expected activation in {ACTIVATIONS}, got {activation!r}")
-    if input.dtype not in _DTYPES:
-        raise NotImplementedError(f"expected an input of {_DTYPES}, got {input.dtype}")
-    if not 2 <= input.dim() <= 5:
-        raise ValueError(f"expected 2D to 5D input (got {input.dim()}D input)")
-    channels, shape = input.shape[1], mean.shape
-    if len(shape) != 2 or shape[1] != channels:
-        raise RuntimeError(
-            f"expected running_mean of shape (M, {channels}) for an input of {channels} channels, got {tuple(shape)}"
-        )
-    components = shape[0]
-    if not 1 <= components <= 16:
-        raise RuntimeError(f"expected 1 to 16 components, got {components}")
-    narrow = input.dtype in (torch.float16, torch.bfloat16)
-    allowed = (input.dtype, torch.float32) if narrow else (input.dtype,)
-    for name, tensor, expected in (
-        ("running_prior", prior, shape[:1] if responsibility == "joint" else shape),
-        ("running_mean", mean, shape),
-        ("running_var", var, shape),
-        ("weight", weight, shape),
-        ("bias", bias, shape),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != expected:
-            raise RuntimeError(f"expected {name} of shape {tuple(expected)}, got {tuple(tensor.shape)}")
-        if tensor.dtype not in allowed:
-            raise RuntimeError(
-                f"expected {name} of {' or '.join(map(str, allowed))} for an input of {input.dtype}, got {tensor.dtype}"
-            )
-        if tensor.device != input.device:
-            raise RuntimeError(f"expected {name} on {input.device}, the input's device, got {tensor.device}")
-    if residual is not None:
-        # No broadcasting: its gradient is the output's, masked.
-        if residual.shape != input.shape:
-            raise RuntimeError(
-                f"expected residual of shape {tuple(input.shape)}, the input's, got {tuple(residual.shape)}"
-            )
-        if residual.dtype != input.dtype:
-            raise RuntimeError(f"expected residual of {input.dtype}, the input's dtype, got {residual.dtype}")
-        if residual.device != input.device:
-            raise RuntimeError(f"expected residual on {input.device}, the input's device, got {residual.device}")
-    if training and input.shape.numel() // max(channels, 1) == 1 and channels:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-
-
-def _keep_signature(forward: Callable) -> Callable:
-    """Store a forward's signature: torch binds arguments to it in each call, and would else read it anew each time."""
-    forward.__signature__ = inspect.signature(forward)
-    return forward
-
-
-class _Normalize(torch.autograd.Function):
-    """Forward of every mode and backend. Saves x, the ReLU's mask and per-channel tensors; p is recomputed."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    @_keep_signature
-    def forward(
-        x, residual, groups, weight, bias, prior, mean, var, training, relu, eps, responsibility, detach, native
-    ):  # fmt: skip
-        arguments = (x, residual, groups, prior, mean, var, weight, bias)
-        if native:
-            return ops.forward(*arguments, training=training, relu=relu, eps=eps)
-        return reference.forward(
-            *arguments,
-            training=training,
-            relu=relu,
-            eps=eps,
-            responsibility=responsibility,
-            detach_responsibility=detach,
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, residual, groups, weight, bias, _, _, _, training, relu, *options = inputs
-        _, mask, running, batch = output
-        ctx.options = (training, relu, *options)
-        ctx.mark_non_differentiable(mask, running, batch)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, mask if relu and residual is not None else None, groups, running, batch)
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 14
-        x, weight, bias, mask, *rest = ctx.saved_tensors
-        grad_x, grad_residual, grad_weight, grad_bias = _NormalizeBackward.apply(
-            grad, x, weight, bias, mask, *rest, *ctx.options
-        )
-        grads = (grad_x, grad if mask is None else grad_residual, None, grad_weight, grad_bias)
-        needed = (g if n else None for g, n in zip(grads, ctx.needs_input_grad[:5], strict=True))
-        return *needed, *[None] * 9
-
-
-class _NormalizeBackward(torch.autograd.Function):
-    """Backward of `_Normalize`, differentiable in turn through the composite formula."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    @_keep_signature
-    def forward(
-        grad, x, weight, bias, mask, groups, running, batch, training, relu, eps, responsibility, detach, native
-    ):  # fmt: skip
-        arguments = (grad, x, mask, groups, running, batch, weight, bias)
-        if native:
-            return ops.backward(*arguments, training=training, relu=relu, eps=eps, detach_responsibility=detach)
-        return reference.backward(
-            *arguments,
-            training=training,
-            relu=relu,
-            eps=eps,
-            responsibility=responsibility,
-            detach_responsibility=detach,
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, training, relu, eps, responsibility, detach, native = inputs
-        ctx.options = (training, relu, eps, responsibility, detach, native)
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx, *grad_grads):
-        grad, *saved = ctx.saved_tensors
-        x, weight, bias, mask, groups, running, _ = saved
-        training, relu, eps, responsibility, detach, _ = ctx.options
-        prior, mean, var = reference.unstacked(running, responsibility)
-        # None (no affine) cannot be an argument of vjp; the gradients' formula is the same with 1 and 0.
-        affine = [torch.ones_like(mean) if weight is None else weight, torch.zeros_like(mean) if bias is None else bias]
-        gate = None
-        if mask is not None:
-            # Where gradients pass is a constant, and only the backend can read it.
-            gate = _NormalizeBackward.apply(torch.ones_like(grad), *saved, *ctx.options)[1].detach() != 0
-
-        def output(x, weight, bias):
-            return reference.forward(
-                x, None, groups, prior, mean, var, weight, bias,
-                training=training, relu=relu and mask is None, eps=eps,
-                responsibility=responsibility, detach_responsibility=detach,
-            )[0]  # fmt: skip
-
-        def gradients(grad, x, weight, bias):
-            passed = grad if gate is None else torch.where(gate, grad, 0.0)
-            grad_x, grad_weight, grad_bias = torch.func.vjp(output, x, weight, bias)[1](passed)
-            return grad_x, passed if gate is not None else grad.new_empty(0), grad_weight, grad_bias
-
-        results = torch.func.vjp(gradients, grad, x, *affine)[1](grad_grads)
-        needed = (r if n else None for r, n in zip(results, ctx.needs_input_grad[:4], strict=True))
-        return *needed, *[None] * 10
+        raise RuntimeError(f'the backend "native" is not available: {load_error(device)}')
+    warn_of_fallback(device)
+    return reference

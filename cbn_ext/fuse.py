@@ -133,7 +133,7 @@ class _Matcher:
         return node.op == "call_module" and isinstance(self.modules[node.target], fresh)
 
     def _writes(self, node: fx.Node) -> bool:
-        """Whether the call may write into one of its arguments; what is not known as harmless may."""
+        """True where the call may write into one of its arguments; what is not known as harmless may."""
         if node.kwargs.get("inplace") or "out" in node.kwargs:
             return True
         if node.op == "call_module":

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from .functional import ACTIVATIONS, compound_batch_norm, split_batch_norm, start_mixture
+from .checks import is_relu, mode_of
+from .functional import compound_batch_norm, split_batch_norm
 from .split import current_groups
+from .start import start_mixture
 
 _AFFINE_STARTS = ("preserve", "unit")
 
@@ -65,14 +67,19 @@ class _CompoundBatchNorm(nn.Module):
 
     def _start_mixture(self, like: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         shape = (self.num_components, self.num_features)
-        return start_mixture(*shape, self.responsibility, order, device=like.device, dtype=like.dtype)
+        return start_mixture(*shape, mode_of(self.responsibility), order, device=like.device, dtype=like.dtype)
+
+    def _mixture(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The running statistics; where none are kept the start mixture, which the E-step needs."""
+        tracked = (self.running_prior, self.running_mean, self.running_var)
+        return tracked if self.track_running_stats else self._start_mixture(like)
 
     def reset_running_stats(self) -> None:
         """Start values: equal priors, equal variances, means spread in a random order of its own in each channel."""
         if self.track_running_stats:
             order = torch.rand(self.num_components, self.num_features, device=self.running_mean.device).argsort(0)
             start = self._start_mixture(self.running_mean, order)
-            for running, value in zip((self.running_prior, self.running_mean, self.running_var), start, strict=True):
+            for running, value in zip(self._mixture(self.running_mean), start, strict=True):
                 running.copy_(value)
             self.num_batches_tracked.zero_()
 
@@ -86,12 +93,9 @@ class _CompoundBatchNorm(nn.Module):
                 self.weight.fill_(1)
                 self.bias.zero_()
             else:
-                _, mean, var = self._running() if self.track_running_stats else self._start_mixture(self.weight)
+                _, mean, var = self._mixture(self.weight)
                 self.weight.copy_(var.sqrt())
                 self.bias.copy_(mean)
-
-    def _running(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.running_prior, self.running_mean, self.running_var
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input` (N, C, ...); in training mode inside `split_path`, by the images' groups.
@@ -109,32 +113,18 @@ class _CompoundBatchNorm(nn.Module):
         if input.shape[1] != self.num_features:
             raise RuntimeError(f"expected an input of {self.num_features} channels, got {input.shape[1]}")
 
-        if self.track_running_stats:
-            running, momentum = self._running(), self.momentum
-        else:
-            # The E-step needs a mixture, and nothing is to be kept.
-            running, momentum = self._start_mixture(self.weight if self.affine else input), None
+        running = self._mixture(self.weight if self.affine else input)
+        momentum = None
         if self.training and self.track_running_stats:
             self.num_batches_tracked.add_(1)
-            if momentum is None:
-                # Cumulative average; a tensor, because reading the count would wait for the device.
-                momentum = 1.0 / self.num_batches_tracked.double()
-
+            # Cumulative average: a tensor, because reading the count would wait for the device.
+            momentum = 1.0 / self.num_batches_tracked.double() if self.momentum is None else self.momentum
         groups = current_groups()
         if self.training and groups is not None:
             return split_batch_norm(input, groups, *running[1:], self.weight, self.bias, momentum, self.eps, **fused)
-        return compound_batch_norm(
-            input,
-            *running,
-            self.weight,
-            self.bias,
-            self.training or not self.track_running_stats,
-            momentum,
-            self.eps,
-            self.responsibility,
-            self.detach_responsibility,
-            **fused,
-        )
+        training = self.training or not self.track_running_stats
+        options = (training, momentum, self.eps, self.responsibility, self.detach_responsibility)
+        return compound_batch_norm(input, *running, self.weight, self.bias, *options, **fused)
 
     def extra_repr(self) -> str:
         """The arguments the layer was made with."""
@@ -169,7 +159,7 @@ class _CompoundBatchNorm(nn.Module):
             self.weight.copy_(weight.expand_as(self.weight))
             self.bias.copy_(bias.expand_as(self.bias))
         elif self.affine:
-            _, start_mean, start_var = self._running() if self.track_running_stats else self._start_mixture(like)
+            _, start_mean, start_var = self._mixture(like)
             scale = weight * torch.rsqrt(var + self.eps)
             self.weight.copy_(scale * torch.sqrt(start_var + self.eps))
             self.bias.copy_(bias + scale * (start_mean - mean))
@@ -240,11 +230,10 @@ class CompoundBatchNorm3d(_CompoundBatchNorm):
 
 
 class _ActivatedNorm(_CompoundBatchNorm):
-    """What the layers with an activation add to those without."""
+    """Adds a residual and an activation to the layers without."""
 
     def __init__(self, *arguments, activation: str | None = "relu", **options) -> None:
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"expected activation in {ACTIVATIONS}, got {activation!r}")
+        is_relu(activation)  # raises where it is unknown
         super().__init__(*arguments, **options)
         self.activation = activation
 

@@ -6,7 +6,8 @@ Arguments and results are those of `cbn_ext.reference`; the native operators ser
 import torch
 from torch import Tensor
 
-from ._extension import native_available
+from ._extension import load_error
+from .options import Options
 
 
 def forward(
@@ -18,14 +19,11 @@ def forward(
     var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    *,
-    training: bool,
-    relu: bool,
-    eps: float,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output like x (N, C, ...), the ReLU's mask, running and batch statistics (3, M, C); see `reference.forward`."""
-    mode = 0 if groups is None else 1
-    return torch.ops.cbn_ext.forward(x, residual, groups, prior, mean, var, weight, bias, mode, training, relu, eps)
+    native = (options.mode, options.training, options.relu, options.eps)
+    return torch.ops.cbn_ext.forward(x, residual, groups, prior, mean, var, weight, bias, *native)
 
 
 def backward(
@@ -37,17 +35,11 @@ def backward(
     batch: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    *,
-    training: bool,
-    relu: bool,
-    eps: float,
-    detach_responsibility: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for x (N, C, ...), the residual (like x with a mask, else empty), weight and bias (M, C)."""
-    mode = 0 if groups is None else 1
-    return torch.ops.cbn_ext.backward(
-        grad, x, mask, groups, running, batch, weight, bias, mode, training, relu, detach_responsibility, eps
-    )
+    native = (options.mode, options.training, options.relu, options.detach_responsibility, options.eps)
+    return torch.ops.cbn_ext.backward(grad, x, mask, groups, running, batch, weight, bias, *native)
 
 
 def update_running(
@@ -67,7 +59,7 @@ def read_cuda_environment() -> None:
     torch.ops.cbn_ext.read_cuda_environment()
 
 
-if native_available():
+if load_error() is None:
 
     def _empty_like(x: Tensor) -> Tensor:
         dense = x.is_contiguous() or x.movedim(1, -1).is_contiguous()

@@ -9,6 +9,8 @@ Long-tailed Image Classification" (2022).
 import torch
 from torch import Tensor
 
+from .options import Mode, Options
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and arithmetic for inputs of `dtype`: float64 for float64, else float32."""
@@ -33,30 +35,26 @@ def _reduced_dims(x: Tensor) -> list[int]:
 
 
 def responsibilities(
-    x: Tensor,
-    groups: Tensor | None,
-    prior: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    responsibility: str,
+    x: Tensor, groups: Tensor | None, prior: Tensor | None, mean: Tensor, var: Tensor, options: Options
 ) -> Tensor:
-    """E-step (eqs 8-9) with the running statistics; with `groups` (N,), the indicator of each image's group (eq 17)."""
-    if groups is not None:
+    """E-step (eqs 8-9) with the running statistics; by `groups` (N,), the indicator of each image's group (eq 17)."""
+    if options.mode is Mode.GROUPS:
         components = torch.arange(mean.shape[0], device=x.device)
         indicator = groups == components[:, None]
         return indicator.to(x.dtype).reshape(*indicator.shape, *[1] * (x.dim() - 1))
-    mean, var = _along_channels(mean, x), _along_channels(var, x) + eps
+    mean, var = _along_channels(mean, x), _along_channels(var, x) + options.eps
     log_density = -0.5 * torch.log(var) - (x - mean).square() / (2 * var)
-    if responsibility == "joint":
+    if options.mode is Mode.JOINT:
         log_density = log_density.sum(2, keepdim=True)
     # The floor lets a component that lost its mass come back. No named constant either.
     log_prior = _along_channels(prior.clamp_min(1e-6).log(), x)
     return torch.softmax(log_prior + log_density, dim=0)
 
 
-def batch_statistics(x: Tensor, p: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """M-step (eqs 10-12): mass, mean and biased variance, each (M, C); without mass, the given `mean` and `var`."""
+def batch_statistics(x: Tensor, p: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """M-step (eqs 10-12): mass, mean and biased variance (3, M, C); without mass, the given `mean` and `var`."""
+    if x.numel() == 0:
+        return torch.stack([torch.zeros_like(mean), mean, var])
     dims = _reduced_dims(x)
     # Deviations from the channel's mean keep their digits where the mean is large against the deviation.
     shift = x.detach().mean([d for d in range(x.dim()) if d != 1], keepdim=True)
@@ -71,7 +69,8 @@ def batch_statistics(x: Tensor, p: Tensor, mean: Tensor, var: Tensor) -> tuple[T
     batch_mean = (p * deviation).sum(dims) * inverse_mass
     centered = deviation - _along_channels(batch_mean, x)
     batch_var = (p * centered.square()).sum(dims) * inverse_mass
-    return mass, torch.where(absent, mean, batch_mean + shift.flatten()), torch.where(absent, var, batch_var)
+    mean, var = torch.where(absent, mean, batch_mean + shift.flatten()), torch.where(absent, var, batch_var)
+    return torch.stack([mass, mean, var])
 
 
 def forward(
@@ -83,26 +82,20 @@ def forward(
     var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    *,
-    training: bool,
-    relu: bool,
-    eps: float,
-    responsibility: str = "channel",
-    detach_responsibility: bool = False,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalise by every component and combine (eqs 7, 16), add and activate; differentiable by autograd.
 
     Args:
         x: input (N, C, ...).
         residual: what is added to the normalised x, like x, or None for 0.
-        groups: component of each image (N,) for split normalization, or None.
-        prior, mean, var: running statistics, (M, C); the prior (M,) in joint mode, unused with `groups`.
+        groups: component of each image (N,) in split mode, else None.
+        prior, mean, var: running statistics, (M, C); the prior (M,) in joint mode, unused in split mode.
         weight, bias: one affine pair per component (M, C), or None for 1 and 0.
-        training: normalise with the batch's statistics rather than the running ones.
-        relu: max(0, ·) of the sum.
+        options: what is computed.
 
     Returns:
-        The output like x, and what `backward` needs: with `relu` and a residual the ReLU's mask, uint8, one bit per
+        The output like x, and what `backward` needs: with a ReLU and a residual the ReLU's mask, uint8, one bit per
         element, else an empty tensor; copies of prior (0 for None), mean and variance, stacked to (3, M, C); in
         training the batch's mass, mean and biased variance, stacked likewise, else an empty tensor.
 
@@ -110,34 +103,31 @@ def forward(
         RuntimeError: groups outside of 0 to M − 1.
     """
     # The statistics move between this pass and its backward pass, where a compiler may repeat what is computed here.
-    copies = _opaque_stacked if training and torch.compiler.is_compiling() else _stacked
+    copies = _opaque_stacked if options.training and torch.compiler.is_compiling() else _stacked
     running = copies(prior, mean, var)
-    prior, mean, var = unstacked(running, responsibility)
-    if x.numel() == 0:
-        batch = torch.stack([torch.zeros_like(mean), mean, var]) if training else mean.new_empty(0)
-        return x.clone(), x.new_empty(0, dtype=torch.uint8), running, batch
+    prior, mean, var = unstacked(running, options.mode)
     # On a device this would wait for it, and a compiled graph cannot branch on values.
-    if groups is not None and groups.device.type == "cpu" and not torch.compiler.is_compiling():
+    if groups is not None and x.numel() and groups.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = groups.min().item(), groups.max().item()
         if low < 0 or high >= mean.shape[0]:
             raise RuntimeError(f"expected groups from 0 to {mean.shape[0] - 1}, got values from {low} to {high}")
     wide = x.to(compute_dtype(x.dtype))
-    p = responsibilities(wide, groups, prior, mean, var, eps, responsibility)
-    if detach_responsibility:
+    p = responsibilities(wide, groups, prior, mean, var, options)
+    if options.detach_responsibility:
         p = p.detach()
-    batch = mean.new_empty(0)
-    if training:
-        mass, mean, var = batch_statistics(wide, p, mean, var)
-        batch = torch.stack([mass, mean, var])
-    scale = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)
+    batch = batch_statistics(wide, p, mean, var) if options.training else mean.new_empty(0)
+    if options.training:
+        _, mean, var = batch.unbind()
+    r = torch.rsqrt(var + options.eps)
+    scale = r if weight is None else weight * r
     branches = (wide - _along_channels(mean, x)) * _along_channels(scale, x)
     if bias is not None:
         branches = branches + _along_channels(bias, x)
     y = (p * branches).sum(0)
     if residual is not None:
         y = y + residual
-    mask = _packed(~(y <= 0)) if relu and residual is not None else x.new_empty(0, dtype=torch.uint8)
-    return _like(y.relu() if relu else y, x), mask, running, batch
+    mask = _packed(~(y <= 0)) if options.relu and residual is not None else x.new_empty(0, dtype=torch.uint8)
+    return _like(y.relu() if options.relu else y, x), mask, running, batch
 
 
 def _stacked(prior: Tensor | None, mean: Tensor, var: Tensor) -> Tensor:
@@ -154,10 +144,10 @@ def _(prior: Tensor | None, mean: Tensor, var: Tensor) -> Tensor:
     return mean.new_empty(3, *mean.shape)
 
 
-def unstacked(running: Tensor, responsibility: str) -> tuple[Tensor, Tensor, Tensor]:
+def unstacked(running: Tensor, mode: Mode) -> tuple[Tensor, Tensor, Tensor]:
     """Prior (M, C), or (M,) in joint mode, mean and variance (M, C) of `running` (3, M, C)."""
     prior, mean, var = running.unbind()
-    return prior[:, :1].flatten() if responsibility == "joint" else prior, mean, var
+    return prior[:, :1].flatten() if mode is Mode.JOINT else prior, mean, var
 
 
 def _packed(gate: Tensor) -> Tensor:
@@ -180,27 +170,19 @@ def backward(
     batch: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    *,
-    training: bool,
-    relu: bool,
-    eps: float,
-    responsibility: str = "channel",
-    detach_responsibility: bool = False,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `forward` for x, residual, weight and bias, in closed form, from x and what forward returned.
 
     `mask` is given where there were a ReLU and a residual, whose gradient then is the masked `grad`; else it is `grad`
     itself, and an empty tensor stands for it.
     """
-    if x.numel() == 0:
-        none = torch.zeros_like(running[1])
-        return torch.empty_like(x), x.new_empty(0) if mask is None else torch.empty_like(x), none, none.clone()
     dims = _reduced_dims(x)
     wide, g = x.to(compute_dtype(x.dtype)), grad.to(compute_dtype(x.dtype))
-    prior, mean, var = unstacked(running, responsibility)
-    p = responsibilities(wide, groups, prior, mean, var, eps, responsibility)
-    mass, used_mean, used_var = batch.unbind() if training else (None, mean, var)
-    r = torch.rsqrt(used_var + eps)
+    prior, mean, var = unstacked(running, options.mode)
+    p = responsibilities(wide, groups, prior, mean, var, options)
+    mass, used_mean, used_var = batch.unbind() if options.training else (None, mean, var)
+    r = torch.rsqrt(used_var + options.eps)
     scale = r if weight is None else weight * r
 
     deviation = wide - _along_channels(used_mean, x)
@@ -211,7 +193,7 @@ def backward(
     if mask is not None:
         g = torch.where(_unpacked(mask, x), g, 0.0)
         grad_residual = _like(g, x)
-    elif relu:
+    elif options.relu:
         g = torch.where((p * branches).sum(0) <= 0, 0.0, g)
     weighted = p * g
     grad_bias = weighted.sum(dims)
@@ -220,7 +202,7 @@ def backward(
     # f: what one unit of p is worth to the loss, by the output and by the moments; slope: df/dx with g held.
     f = g * branches
     slope = g * _along_channels(scale, x)
-    if training:
+    if options.training:
         absent = _is_absent(mass)
         inverse_mass = torch.where(absent, 0.0, torch.where(absent, 1.0, mass).reciprocal())
         by_mean = _along_channels(-scale * grad_bias * inverse_mass, x)
@@ -228,21 +210,16 @@ def backward(
         f = f + by_mean * deviation + by_var * (deviation.square() - _along_channels(used_var, x))
         slope = slope + by_mean + 2 * by_var * deviation
     grad_x = (p * slope).sum(0)
-    if groups is None and not detach_responsibility:
-        log_slope = (_along_channels(mean, x) - wide) / (_along_channels(var, x) + eps)
-        if responsibility == "joint":
+    if options.mode is not Mode.GROUPS and not options.detach_responsibility:
+        log_slope = (_along_channels(mean, x) - wide) / (_along_channels(var, x) + options.eps)
+        if options.mode is Mode.JOINT:
             f = f.sum(2, keepdim=True)
         grad_x = grad_x + (p * (f - (p * f).sum(0)) * log_slope).sum(0)
     return _like(grad_x, x), grad_residual, grad_weight, grad_bias
 
 
 def update_running(
-    prior: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    batch: Tensor,
-    points: int,
-    momentum: float | Tensor,
+    prior: Tensor | None, mean: Tensor, var: Tensor, batch: Tensor, points: int, momentum: float | Tensor
 ) -> None:
     """Temporal accumulation (eqs 13-15), in place; the variance that enters is the unbiased one.
 

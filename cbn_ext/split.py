@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .checks import is_integer
+
 # A plain global: torch.compile traces it, and autograd's threads see it.
 _groups: Tensor | None = None
 
@@ -49,7 +51,7 @@ def split_path(groups: Tensor) -> Iterator[None]:
     Raises:
         ValueError: `groups` is not a one-dimensional integer tensor.
     """
-    if groups.dim() != 1 or groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool:
+    if groups.dim() != 1 or not is_integer(groups):
         raise ValueError(f"expected groups as a 1D integer tensor, got {groups.dim()}D {groups.dtype}")
     global _groups
     outer, _groups = _groups, groups

@@ -45,7 +45,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether the graph calls `m` as it is."""
+        """True where the graph calls `m` as it is."""
         sequential = type(m).forward is nn.Sequential.forward
         if super().is_leaf_module(m, module_qualified_name) or not (sequential or any(norms(m))):
             return True
@@ -64,7 +64,6 @@ class _Tracer(fx.Tracer):
         return super().create_node(*arguments, **options)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """What forward computes with."""
         return _Proxy(node, self)
 
     def create_arg(self, a):
@@ -81,7 +80,7 @@ def _modes() -> tuple[bool, ...]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks of any kind are registered on `module` itself."""
+    """True where hooks of any kind are registered on `module` itself."""
     return any(isinstance(value, dict) and value for name, value in vars(module).items() if name.endswith("_hooks"))
 
 

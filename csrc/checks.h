@@ -7,9 +7,11 @@
 #include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <string>
+#include <utility>
 
 #include "mixture.h"
 #include "problem.h"
@@ -57,31 +59,33 @@ inline void check_input(const Tensor& x, int64_t mode, const OptionalTensor& gro
   STD_TORCH_CHECK(x.dim() >= 2, "expected x (N, C, ...), got shape ", to_text(x.sizes()));
   STD_TORCH_CHECK(components >= 1 && components <= kMaxComponents, "expected statistics of M components, M from 1 to ",
                   kMaxComponents, ", got ", components);
+  check_tensor(groups, "groups", {x.size(0)}, ScalarType::Long, x);
   STD_TORCH_CHECK(mode == static_cast<int64_t>(Mode::kChannel) || mode == static_cast<int64_t>(Mode::kGroups),
                   "expected mode 0 (channel) or 1 (groups), got ", mode);
   STD_TORCH_CHECK(groups.has_value() == (mode == static_cast<int64_t>(Mode::kGroups)),
                   "expected groups in mode 1 (groups) and in no other, got ", groups ? "groups" : "none", " in mode ",
                   mode);
-  check_tensor(groups, "groups", {x.size(0)}, ScalarType::Long, x);
 }
 
-// What the forward passes require; statistics and parameters are (M, C).
+using Named = std::pair<const char*, const OptionalTensor&>;
+
+// Statistics and parameters of components, (M, C) each.
+inline void check_components(std::initializer_list<Named> tensors, int64_t components, const Tensor& x) {
+  for (const auto& [name, t] : tensors)
+    check_tensor(t, name, {components, x.size(1)}, statistics_type(x.scalar_type()), x);
+}
+
+// What the forward passes require.
 inline void check_forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& groups,
-                          const OptionalTensor& prior, const Tensor& mean, const Tensor& var,
+                          const OptionalTensor& prior, const OptionalTensor& mean, const OptionalTensor& var,
                           const OptionalTensor& batch, const OptionalTensor& weight, const OptionalTensor& bias,
                           int64_t mode) {
-  STD_TORCH_CHECK(mean.dim() == 2, "expected mean of shape (M, C), got ", to_text(mean.sizes()));
-  const int64_t components = mean.size(0);
+  STD_TORCH_CHECK(mean->dim() == 2, "expected mean of shape (M, C), got ", to_text(mean->sizes()));
+  const int64_t components = mean->size(0);
   check_input(x, mode, groups, components);
-  const ScalarType type = statistics_type(x.scalar_type());
-  const int64_t channels = x.size(1);
   check_tensor(residual, "residual", x.sizes(), x.scalar_type(), x);
-  check_tensor(prior, "prior", {components, channels}, type, x);
-  check_tensor(mean, "mean", {components, channels}, type, x);
-  check_tensor(var, "var", {components, channels}, type, x);
-  check_tensor(batch, "batch", {3, components, channels}, type, x);
-  check_tensor(weight, "weight", {components, channels}, type, x);
-  check_tensor(bias, "bias", {components, channels}, type, x);
+  check_tensor(batch, "batch", {3, components, x.size(1)}, statistics_type(x.scalar_type()), x);
+  check_components({{"prior", prior}, {"mean", mean}, {"var", var}, {"weight", weight}, {"bias", bias}}, components, x);
   STD_TORCH_CHECK(groups || prior || components == 1, "expected prior or groups for ", components,
                   " components, got neither");
 }
@@ -94,15 +98,12 @@ inline void check_backward(const Tensor& grad, const Tensor& x, const OptionalTe
   STD_TORCH_CHECK(running.dim() == 3, "expected running of shape (3, M, C), got ", to_text(running.sizes()));
   const int64_t components = running.size(1);
   check_input(x, mode, groups, components);
-  const ScalarType type = statistics_type(x.scalar_type());
-  const int64_t channels = x.size(1);
+  const int64_t statistics[] = {3, components, x.size(1)};
   check_tensor(grad, "grad", x.sizes(), x.scalar_type(), x);
-  check_tensor(running, "running", {3, components, channels}, type, x);
-  check_tensor(batch, "batch", {3, components, channels}, type, x);
-  check_tensor(weight, "weight", {components, channels}, type, x);
-  check_tensor(bias, "bias", {components, channels}, type, x);
-  check_tensor(grad_weight, "grad_weight", {components, channels}, type, x);
-  check_tensor(grad_bias, "grad_bias", {components, channels}, type, x);
+  check_tensor(running, "running", statistics, statistics_type(x.scalar_type()), x);
+  check_tensor(batch, "batch", statistics, statistics_type(x.scalar_type()), x);
+  check_components({{"weight", weight}, {"bias", bias}, {"grad_weight", grad_weight}, {"grad_bias", grad_bias}},
+                   components, x);
   STD_TORCH_CHECK(!mask || relu, "expected no mask without relu, got one of shape ", to_text(mask->sizes()));
   check_tensor(mask, "mask, as forward gave it,", {mask_bytes(x)}, ScalarType::Byte, x);
 }

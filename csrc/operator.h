@@ -22,6 +22,7 @@
 #include "statistics.h"
 
 namespace cbn {
+namespace {
 
 inline Tensor empty(const Tensor& like, Shape shape, ScalarType type) {
   return torch::stable::new_empty(like, shape, type);
@@ -277,6 +278,7 @@ struct Operators {
   }
 };
 
+}  // namespace
 }  // namespace cbn
 
 // Makes a backend the implementation of the operators for a dispatch key, such as CPU.

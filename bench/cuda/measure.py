@@ -1,10 +1,11 @@
 """Comparisons on a GPU within a time budget: members set up, checked, weighed, captured, timed side by side, traced."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import ceil
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -243,7 +244,7 @@ def _time_rows(
     steps: int,
     l2: str,
     copy_gb_per_s: float,
-    device: dict[Member, dict[str, list[Kernel]]] = {},  # noqa: B006
+    device: Mapping[Member, dict[str, list[Kernel]]] = MappingProxyType({}),
     seconds: float = 0.05,
 ) -> list[CudaRow]:
     """Times of one step, of which `measure` takes `steps` at once. seconds: for each member."""

@@ -30,8 +30,8 @@ PLANNED = {
 _COMPONENTS = 4
 
 _KERNEL = re.compile(
-    r"_ZN3cbn\d+(reduce|map|resident)_kernelINS_6ConfigI(f|N3c104HalfE|N3c108BFloat16E)Li(\d+)ELb([01])EEE"
-    r"LNS_4PassE(\d)EEEv"
+    r"_ZN3cbn\d+(reduce|map|resident)_kernelINS_6ConfigI(f|N3c104HalfE|N3c108BFloat16E)Li(\d+)ELb([01])E"
+    r"NS_16ChannelPosteriorEEELNS_4PassE(\d)EEEv"
 )
 _DTYPES = {"f": ("float32", 4), "N3c104HalfE": ("float16", 2), "N3c108BFloat16E": ("bfloat16", 2)}
 #: By the number of a kernel's pass: the tensors like x it reads, and the rows of its loops that do not store, and that

@@ -10,17 +10,16 @@ import cbn_ext
 from bench import cases, providers
 from bench.cases import ADD_RELU, RELU, Case, WrongResultError, check, expected_results, make_problem
 from bench.providers import BATCHNORM, OURS, PROVIDERS, REFERENCE, SPLIT
-from cbn_ext import reference
+from cbn_ext import Mode, Options, reference
 
 SMALL = Case((4, 6, 5, 5))
 
 
 def posterior(case: Case) -> torch.Tensor:
     problem = make_problem(case)
-    running = {name: problem.state[f"running_{name}"] for name in ("prior", "mean", "var")}
-    return reference.responsibilities(
-        problem.x.detach(), groups=None, **running, eps=cases.EPS, responsibility="channel"
-    )
+    running = (problem.state[f"running_{name}"] for name in ("prior", "mean", "var"))
+    options = Options(Mode.CHANNEL, training=True, relu=False, detach_responsibility=False, eps=cases.EPS)
+    return reference.responsibilities(problem.x.detach(), None, *running, options)
 
 
 def test_mixed_data_shares_the_responsibility_between_all_components():

@@ -12,9 +12,8 @@ from bench.sass.code import Instruction, accessed, count, has_alternatives, inne
 def kernel(name: str, number: int, element: str = "f", last: int = 0, components: int = 4) -> str:
     """A mangled name: reduce, map or resident kernel of a pass."""
     name = f"{name}_kernel"
-    return (
-        f"_ZN3cbn{len(name)}{name}INS_6ConfigI{element}Li{components}ELb{last}EEELNS_4PassE{number}EEEvNS_9ArgumentsE"
-    )
+    config = f"{element}Li{components}ELb{last}ENS_16ChannelPosteriorEEE"
+    return f"_ZN3cbn{len(name)}{name}INS_6ConfigI{config}LNS_4PassE{number}EEEvNS_9ArgumentsE"
 
 
 def assembled(name: str, code: str) -> list[str]:

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from cbn_ext import reference
+from cbn_ext import Mode, Options, reference
 from python_tests.support import oracle
 from python_tests.support.cases import CASES, EPS, Case, assert_results, expected, run
 from python_tests.support.tolerances import assert_close
+
+MODES = {"channel": Mode.CHANNEL, "split": Mode.GROUPS, "joint": Mode.JOINT}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -21,10 +23,8 @@ def test_forward_returns_the_batch_statistics(mode, data):
     case = Case(mode=mode, data=data, dtype=torch.float64)
     x, _, _, groups, prior, mean, var, weight, bias = case.arguments()
     responsibility = "joint" if mode == "joint" else "channel"
-    y, _, _, (mass, batch_mean, batch_var) = reference.forward(
-        x, None, groups, prior, mean, var, weight, bias,
-        training=True, relu=False, eps=EPS, responsibility=responsibility,
-    )  # fmt: skip
+    options = Options(MODES[mode], True, False, False, EPS)
+    y, _, _, (mass, batch_mean, batch_var) = reference.forward(x, None, groups, prior, mean, var, weight, bias, options)
     step = oracle.train_step(x, prior, mean, var, weight, bias, groups=groups, eps=EPS, responsibility=responsibility)
     assert_close(y, step.y, "output", x.dtype)
     for actual, wanted in ((mass, step.mass), (batch_mean, step.mean), (batch_var, step.var)):
@@ -49,10 +49,8 @@ def test_forward_is_plain_autograd(responsibility, detach, training):
     )
     x, grad, _, groups, *running, weight, bias = case.arguments()
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    y, *_ = reference.forward(
-        x, None, groups, *running, weight, bias,
-        training=training, relu=False, eps=EPS, responsibility=responsibility, detach_responsibility=detach,
-    )  # fmt: skip
+    options = Options(MODES[responsibility], training, False, detach, EPS)
+    y, *_ = reference.forward(x, None, groups, *running, weight, bias, options)
     by_autograd = torch.autograd.grad(y, leaves, grad)
     closed_form = run(case, "reference")
     assert_close(closed_form.grad_input, by_autograd[0], "grad_input", x.dtype)

@@ -4,10 +4,7 @@ Where no CUDA library was built there is nothing to read, and the build must hav
 """
 
 import functools
-import importlib.util
 import re
-import shutil
-import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import product
@@ -15,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cbn_ext
+from bench.sass.tools import cuobjdump
 
 ARCHITECTURES = ["sm_" + arch.removesuffix("+PTX").replace(".", "") for arch in cbn_ext.build_info()["cuda_archs"]]
 TYPES = ["f", "d", "N3c104HalfE", "N3c108BFloat16E"]  # of elements, as they are mangled
@@ -44,25 +42,15 @@ class Resources(NamedTuple):
     local: int
 
 
-def library() -> Path:
-    return next(Path(cbn_ext.__file__).parent.glob("_C_cuda.*"))
-
-
-def cuobjdump(*options: str) -> Iterator[tuple[str, str]]:
-    """Architecture and line of what it prints, nothing without a library; CUDA builds of torch bring it with Triton."""
+def lines(*options: str) -> Iterator[tuple[str, str]]:
+    """Architecture and line of what cuobjdump prints about the library, nothing without one."""
     if not ARCHITECTURES:
         return
-    triton = importlib.util.find_spec("triton")
-    bundled = triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    tool = bundled if bundled and bundled.exists() else shutil.which("cuobjdump")
-    assert tool, "expected cuobjdump from Triton or the CUDA toolkit"
     architecture = ""
-    with subprocess.Popen([tool, *options, library()], stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("arch = "):
-                architecture = line.removeprefix("arch = ").strip()
-            yield architecture, line
-    assert process.returncode == 0
+    for line in cuobjdump(next(Path(cbn_ext.__file__).parent.glob("_C_cuda.*")), *options):
+        if line.startswith("arch = "):
+            architecture = line.removeprefix("arch = ").strip()
+        yield architecture, line
 
 
 def kernel(architecture: str, mangled: str) -> Kernel | None:
@@ -77,7 +65,7 @@ def kernel(architecture: str, mangled: str) -> Kernel | None:
 @functools.cache
 def resources() -> dict[Kernel, Resources]:
     found, current = {}, None
-    for architecture, line in cuobjdump("-res-usage"):
+    for architecture, line in lines("-res-usage"):
         if name := re.match(r" Function (\S+):", line):
             current = kernel(architecture, name[1])
         elif current and (used := re.match(r"\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line)):
@@ -88,7 +76,7 @@ def resources() -> dict[Kernel, Resources]:
 def largest_blocks() -> dict[Kernel, int]:
     """Threads that a block may have at most, as the kernels were promised (__launch_bounds__)."""
     found, current, wanted = {}, None, False
-    for architecture, line in cuobjdump("-elf"):
+    for architecture, line in lines("-elf"):
         if line.startswith(".nv.info."):
             current = kernel(architecture, line.strip().removeprefix(".nv.info."))
         elif "EIATTR_MAX_THREADS" in line:
@@ -123,16 +111,14 @@ def test_registers_fit_the_largest_block():
 
 def test_a_cluster_waits_for_memory_once():
     """Before its sums are read. The barrier at the end must not wait until all of the output has been written."""
-    functions = (
-        re.match(r" Function (\S*15resident_kernel\S*ConfigIfLi4E\S*ChannelPosterior\S*):", line)
-        for _, line in cuobjdump("-res-usage")
-    )
+    pattern = r" Function (\S*15resident_kernel\S*ConfigIfLi4E\S*ChannelPosterior\S*):"
+    functions = (re.match(pattern, line) for _, line in lines("-res-usage"))
     names = sorted({function[1] for function in functions if function})
     for architecture in ARCHITECTURES:
         if int(architecture.removeprefix("sm_")) < 90:
             continue  # no clusters
         found = Counter()
-        for _, line in cuobjdump("-sass", "-arch", architecture, "-fun", ",".join(names)):
+        for _, line in lines("-sass", "-arch", architecture, "-fun", ",".join(names)):
             found.update(re.findall(r"MEMBAR\.ALL\.GPU|UCGABAR_ARV", line))
         assert len(names) == 4
         assert found == {"MEMBAR.ALL.GPU": len(names), "UCGABAR_ARV": 2 * len(names)}

@@ -1,0 +1,97 @@
+"""The gradients: one pair of `torch.autograd.Function`s serves every backend and mode.
+
+The backward pass is a Function of its own, so that double backward differentiates the composite formula rather than,
+silently, nothing. A backend is a module, `ops` or `reference`.
+"""
+
+import inspect
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+def _inputs(function: type[torch.autograd.Function]) -> tuple[str, ...]:
+    """Names of a Function's inputs. Keeps its forward's signature, which torch would else read anew in each call."""
+    signature = inspect.signature(function.forward)
+    function.forward.__signature__ = signature
+    return tuple(signature.parameters)
+
+
+def _gradients(ctx, inputs: tuple[str, ...], **gradients: Tensor) -> tuple[Tensor | None, ...]:
+    """The result of a Function's backward: for each of its inputs the gradient named so, where one is asked for."""
+    asked = zip(inputs, ctx.needs_input_grad, strict=True)
+    return tuple(gradients.get(name) if needed else None for name, needed in asked)
+
+
+class Normalize(torch.autograd.Function):
+    """Forward of every mode and backend. Saves x, the ReLU's mask and per-channel tensors; p is recomputed."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, residual, groups, prior, mean, var, weight, bias, options, backend):
+        return backend.forward(x, residual, groups, prior, mean, var, weight, bias, options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, residual, groups, _, _, _, weight, bias, ctx.options, ctx.backend = inputs
+        _, mask, running, batch = output
+        ctx.mark_non_differentiable(mask, running, batch)
+        ctx.set_materialize_grads(False)
+        mask = mask if ctx.options.relu and residual is not None else None
+        ctx.save_for_backward(x, mask, groups, running, batch, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return _gradients(ctx, _NORMALIZE_INPUTS)
+        dx, dresidual, dweight, dbias = NormalizeBackward.apply(grad, *ctx.saved_tensors, ctx.options, ctx.backend)
+        dresidual = grad if ctx.saved_tensors[1] is None else dresidual  # without a mask it is the output's gradient
+        return _gradients(ctx, _NORMALIZE_INPUTS, x=dx, residual=dresidual, weight=dweight, bias=dbias)
+
+
+class NormalizeBackward(torch.autograd.Function):
+    """Backward of `Normalize`, differentiable in turn through the composite formula."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad, x, mask, groups, running, batch, weight, bias, options, backend):
+        return backend.backward(grad, x, mask, groups, running, batch, weight, bias, options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.options, ctx.backend = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *grad_grads):
+        grad, *saved = ctx.saved_tensors
+        x, mask, groups, running, _, weight, bias = saved
+        prior, mean, var = reference.unstacked(running, ctx.options.mode)
+        # None (no affine) cannot be an argument of vjp; the gradients' formula is the same with 1 and 0.
+        affine = [torch.ones_like(mean) if weight is None else weight, torch.zeros_like(mean) if bias is None else bias]
+        gate, options = None, ctx.options
+        if mask is not None:
+            # Where gradients pass is a constant, and only the backend can read it.
+            passed = NormalizeBackward.apply(torch.ones_like(grad), *saved, ctx.options, ctx.backend)[1]
+            gate, options = passed.detach() != 0, replace(ctx.options, relu=False)
+
+        def output(x, weight, bias):
+            return reference.forward(x, None, groups, prior, mean, var, weight, bias, options)[0]
+
+        def gradients(grad, x, weight, bias):
+            passed = grad if gate is None else torch.where(gate, grad, 0.0)
+            dx, dweight, dbias = torch.func.vjp(output, x, weight, bias)[1](passed)
+            return dx, passed if gate is not None else grad.new_empty(0), dweight, dbias
+
+        dgrad, dx, dweight, dbias = torch.func.vjp(gradients, grad, x, *affine)[1](grad_grads)
+        return _gradients(ctx, _BACKWARD_INPUTS, grad=dgrad, x=dx, weight=dweight, bias=dbias)
+
+
+# Globals, because torch.compile (2.11) does not read attributes of a Function.
+_NORMALIZE_INPUTS = _inputs(Normalize)
+_BACKWARD_INPUTS = _inputs(NormalizeBackward)

@@ -1,5 +1,4 @@
-// Which instruction set the CPU kernels use: the best that the processor has, or what CBN_CPU_CAPABILITY
-// names.
+// Which instruction set the CPU kernels use: the best that the processor has, or what CBN_CPU_CAPABILITY names.
 #pragma once
 
 #include <cstdlib>

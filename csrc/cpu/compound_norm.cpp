@@ -57,13 +57,11 @@ void sample(Work& work) {
   };
   for (auto& row : work.sampled) row[0] = -1;
   if (work.points() == 0) return;
-  if (work.mode != Mode::kGroups) {
-    for (int k = 0; k < kOriginSamples; ++k) {
-      const int64_t point = sampled_point(k, work.points());
-      work.sampled[0][k] = element(point / S, point % S);
-    }
-    return;
+  for (int k = 0; k < kOriginSamples && work.mode != Mode::kGroups; ++k) {
+    const int64_t point = sampled_point(k, work.points());
+    work.sampled[0][k] = element(point / S, point % S);
   }
+  if (work.mode != Mode::kGroups) return;
   int64_t points[kMaxComponents] = {}, passed[kMaxComponents] = {};
   int samples[kMaxComponents] = {};
   for (int64_t n = 0; n < work.images; ++n) points[work.groups[n]] += S;
@@ -75,82 +73,82 @@ void sample(Work& work) {
   }
 }
 
-// A problem cut into blocks of channels and splits of their images.
-struct Plan {
-  int64_t channels, channels_of_block, blocks, images, splits, elements_of_split;
+template <int kRows>
+struct Totals {
+  double sums[kRows] = {};
+  double origin = 0;
+};
 
-  Plan(const Work& work, int lanes)
-      : channels(work.channels),
+// A problem cut into blocks of channels and splits of their images; in each of them `reduce` and `map` are tasks.
+template <class S, int kRows>
+struct Plan {
+  const Work& work;
+  const Passes passes;
+  const ReduceTask reduce;
+  const MapTask map;
+  const int64_t channels_of_block, blocks;
+  int64_t splits, elements_of_split;
+  std::vector<double> sums;  // [blocks, splits, stride()], as `reduce` writes them
+
+  Plan(const Work& work, Passes passes, int lanes, ReduceTask reduce, MapTask map)
+      : work(work),
+        passes(passes),
+        reduce(reduce),
+        map(map),
         channels_of_block(work.channels_last ? lanes : 1),
-        blocks((channels + channels_of_block - 1) / channels_of_block),
-        images(work.images) {
+        blocks((work.channels + channels_of_block - 1) / channels_of_block) {
     const int64_t elements = work.points() * channels_of_block;
-    splits = std::max<int64_t>(1, std::min({elements / kTaskElements, images, kMostSplits}));
+    splits = std::max<int64_t>(1, std::min({elements / kTaskElements, work.images, kMostSplits}));
     elements_of_split = elements / splits;
+    if (reduces()) sums.resize(blocks * splits * stride());
   }
 
-  int64_t begin(int64_t split) const { return images * split / splits; }
-  int64_t channels_in(int64_t block) const { return std::min(channels_of_block, channels - block * channels_of_block); }
+  bool reduces() const { return passes != Passes::kMap; }
+  bool maps() const { return passes != Passes::kReduce; }
+  int64_t stride() const { return (kRows + 1) * work.components * channels_of_block; }
+  double* of(int64_t block, int64_t split) { return sums.data() + (block * splits + split) * stride(); }
+  int64_t begin(int64_t split) const { return work.images * split / splits; }
 
-  // reduce(block, split) for all splits, then finish(block), then map(block, split) for all splits.
-  template <class Reduce, class Finish, class Map>
-  void run(Passes passes, const Reduce& reduce, const Finish& finish, const Map& map) const {
-    const bool reduces = passes != Passes::kMap, maps = passes != Passes::kReduce;
+  // Reduces all splits, then calls finish(component, totals) for all components, then maps all splits.
+  template <class Finish>
+  void run(const Finish& finish) {
+    const auto reduce_split = [&](int64_t block, int64_t split) {
+      reduce(work, block, begin(split), begin(split + 1), of(block, split));
+    };
+    const auto map_split = [&](int64_t block, int64_t split) { map(work, block, begin(split), begin(split + 1)); };
     const int64_t threads = torch::stable::get_num_threads();
     // Blocks of channels_last lie between each other: threads that share rows would share cache lines' neighbours.
     const bool by_rows = channels_of_block > 1 && splits >= threads;
     if (blocks >= threads && !by_rows) {
       // A block that one thread takes whole is still in its cache when it is mapped.
       parallel(blocks, splits * elements_of_split, [&](int64_t block) {
-        for (int64_t split = 0; split < splits && reduces; ++split) reduce(block, split);
-        finish(block);
-        for (int64_t split = 0; split < splits && maps; ++split) map(block, split);
+        for (int64_t split = 0; split < splits && reduces(); ++split) reduce_split(block, split);
+        finish_block(block, finish);
+        for (int64_t split = 0; split < splits && maps(); ++split) map_split(block, split);
       });
     } else {
       // Neighbouring tasks, which one thread takes, are the blocks of the same images.
       const auto parallel_splits = [&](const auto& task) {
         parallel(blocks * splits, elements_of_split, [&](int64_t i) { task(i % blocks, i / blocks); });
       };
-      if (reduces) parallel_splits(reduce);
-      for (int64_t block = 0; block < blocks; ++block) finish(block);
-      if (maps) parallel_splits(map);
+      if (reduces()) parallel_splits(reduce_split);
+      for (int64_t block = 0; block < blocks; ++block) finish_block(block, finish);
+      if (maps()) parallel_splits(map_split);
     }
   }
 
-  // Calls visit(component, m, j) for the components of all channels j of the block.
-  template <class S, class Visit>
-  void for_each_component(const Work& work, int64_t block, const Visit& visit) const {
-    for (int m = 0; m < work.components; ++m)
-      for (int64_t j = 0; j < channels_in(block); ++j)
-        visit(Component<S>{work, m * channels + block * channels_of_block + j}, m, j);
-  }
-};
-
-// What the splits of a problem sum up, as ReduceTask writes it.
-template <int kRows>
-struct Partials {
-  const Plan& plan;
-  int components;
-  std::vector<double> sums;
-
-  struct Total {
-    double sums[kRows];
-    double origin;
-  };
-
-  Partials(const Work& work, const Plan& plan, Passes passes) : plan(plan), components(work.components) {
-    if (passes != Passes::kMap) sums.resize(plan.blocks * plan.splits * stride());
-  }
-
-  int64_t stride() const { return (kRows + 1) * components * plan.channels_of_block; }
-  double* of(int64_t block, int64_t split) { return sums.data() + (block * plan.splits + split) * stride(); }
-
-  Total total(int64_t block, int m, int64_t j) {
-    const int64_t channels = plan.channels_in(block), row = components * channels, first = m * channels + j;
-    Total result{{}, of(block, 0)[kRows * row + first]};
-    for (int64_t split = 0; split < plan.splits; ++split)
-      for (int i = 0; i < kRows; ++i) result.sums[i] += of(block, split)[i * row + first];
-    return result;
+ private:
+  template <class Finish>
+  void finish_block(int64_t block, const Finish& finish) {
+    const int64_t first = block * channels_of_block, channels = std::min(channels_of_block, work.channels - first);
+    const int64_t row = work.components * channels;
+    for (int64_t i = 0; i < row; ++i) {
+      Totals<kRows> totals;
+      if (reduces()) totals.origin = of(block, 0)[kRows * row + i];
+      for (int64_t split = 0; split < splits && reduces(); ++split)
+        for (int kind = 0; kind < kRows; ++kind) totals.sums[kind] += of(block, split)[kind * row + i];
+      finish(Component<S>{work, i / channels * work.channels + first + i % channels}, totals);
+    }
   }
 };
 
@@ -159,46 +157,22 @@ void run_forward(const Problem& p, Passes passes) {
   Work work = work_of(p);
   if (passes != Passes::kMap) sample(work);
   const Tasks tasks = tasks_for(work);
-  const Plan plan(work, tasks.lanes);
-  Partials<3> partials(work, plan, passes);
-  plan.run(
-      passes,
-      [&](int64_t block, int64_t split) {
-        tasks.moments(work, block, plan.begin(split), plan.begin(split + 1), partials.of(block, split));
-      },
-      [&](int64_t block) {
-        plan.for_each_component<S>(work, block, [&](const Component<S>& component, int m, int64_t j) {
-          if (passes != Passes::kMap) {
-            const auto total = partials.total(block, m, j);
-            component.write_batch(component.finish(total.sums, total.origin));
-          }
-          if (passes != Passes::kReduce) component.keep_running();
-        });
-      },
-      [&](int64_t block, int64_t split) { tasks.normalise(work, block, plan.begin(split), plan.begin(split + 1)); });
+  Plan<S, 3> plan(work, passes, tasks.lanes, tasks.moments, tasks.normalise);
+  plan.run([&](const Component<S>& component, const Totals<3>& totals) {
+    if (plan.reduces()) component.write_batch(component.finish(totals.sums, totals.origin));
+    if (plan.maps()) component.keep_running();
+  });
 }
 
 template <class S>
 void run_backward(const Problem& p, Passes passes) {
   const Work work = work_of(p);
   const Tasks tasks = tasks_for(work);
-  const Plan plan(work, tasks.lanes);
-  Partials<2> partials(work, plan, passes);
-  plan.run(
-      passes,
-      [&](int64_t block, int64_t split) {
-        tasks.gradient_sums(work, block, plan.begin(split), plan.begin(split + 1), partials.of(block, split));
-      },
-      [&](int64_t block) {
-        if (passes == Passes::kMap) return;
-        plan.for_each_component<S>(work, block, [&](const Component<S>& component, int m, int64_t j) {
-          const auto total = partials.total(block, m, j);
-          component.write_gradients(component.finish(total.sums, total.origin, component.used()), total.sums[0]);
-        });
-      },
-      [&](int64_t block, int64_t split) {
-        tasks.input_gradient(work, block, plan.begin(split), plan.begin(split + 1));
-      });
+  Plan<S, 2> plan(work, passes, tasks.lanes, tasks.gradient_sums, tasks.input_gradient);
+  plan.run([&](const Component<S>& component, const Totals<2>& totals) {
+    if (!plan.reduces()) return;
+    component.write_gradients(component.finish(totals.sums, totals.origin, component.used()), totals.sums[0]);
+  });
 }
 
 struct Cpu {

@@ -51,26 +51,16 @@ class LongSums {
   using V = typename Posterior::V;
   static constexpr int M = Posterior::kWeights, kLanes = Block<E>::kLanes, kRows = Sums<V, M>::kRows;
 
+ public:
   struct Mixture {
     Sums<V, M> sums;
-    int vectors;  // how many of them were added to `sums`
+    int vectors;  // how many were added to `sums`
     double totals[kRows][M][kLanes];
   };
   Mixture of[Posterior::kMixtures];
 
- public:
   explicit LongSums(int mixtures) {
     for (int i = 0; i < mixtures; ++i) of[i] = {};
-  }
-
-  // Sums of a mixture while they are in registers.
-  Sums<V, M> take(int mixture, int& vectors) const {
-    vectors = of[mixture].vectors;
-    return of[mixture].sums;
-  }
-  void put_back(int mixture, const Sums<V, M>& sums, int vectors) {
-    of[mixture].sums = sums;
-    of[mixture].vectors = vectors;
   }
 
   // Not inlined: `sums` has a copy made of it here, and itself stays in registers.
@@ -101,12 +91,9 @@ class LongSums {
 
 // The gradient that the ReLU lets pass: by the mask, or, where there was no residual, by the sign of the output again,
 // for which the weights need no factor.
-template <bool kFused, class E, int M>
-CBN_INLINE Vec<typename E::Scalar> passed_gradient(const Block<E>& block,
-                                                   const Branches<Vec<typename E::Scalar>, M>& in,
-                                                   const Vec<typename E::Scalar> (&e)[M], Vec<typename E::Scalar> z,
-                                                   const Place& place) {
-  using V = Vec<typename E::Scalar>;
+template <bool kFused, class E, class V, int M>
+CBN_INLINE V passed_gradient(const Block<E>& block, const Branches<V, M>& in, const V (&e)[M], V z,
+                             const Place& place) {
   const V g = load<E>(block.grad() + place.offset, place.count);
   if (!kFused) return g;
   if (block.work.mask) return Math<V>::where_set(get_bits(block.work.mask, place.offset, place.count), g);
@@ -121,8 +108,9 @@ CBN_INLINE void reduce(const Block<E>& block, const Posterior& posterior, int64_
   LongSums<Sums, Posterior> totals(posterior.mixtures());
   posterior.visit(begin, end, [&](const auto& weigh, int mixture, int64_t first, int64_t last) {
     const V origin = posterior.origin[mixture];
-    int vectors;
-    Sums<V, Posterior::kWeights> sums = totals.take(mixture, vectors);
+    auto& kept = totals.of[mixture];
+    auto sums = kept.sums;
+    int vectors = kept.vectors;
     block.for_each_vector(first, last, [&](const Place& place) __attribute__((always_inline)) {
       const V z = load<E>(block.x() + place.offset, place.count) - origin;
       V e[Posterior::kWeights];
@@ -134,7 +122,8 @@ CBN_INLINE void reduce(const Block<E>& block, const Posterior& posterior, int64_
         vectors = 0;
       }
     });
-    totals.put_back(mixture, sums, vectors);
+    kept.sums = sums;
+    kept.vectors = vectors;
   });
   totals.write(out, block, posterior);
 }
@@ -148,7 +137,7 @@ void moments(const Work& work, int64_t index, int64_t begin, int64_t end, double
   reduce<Moments>(block, posterior, begin, end, sums,
                   [](auto& current, int, const auto& e, V factor, V z, const Place& place)
                       __attribute__((always_inline)) {
-                        if (place.count < B::kLanes) factor = factor * lanes_below<typename B::S>(place.count);
+                        if (place.count < B::kLanes) factor = Math<V>::where_set((1u << place.count) - 1, factor);
                         accumulate(current, e, factor, z);
                       });
 }
@@ -233,32 +222,24 @@ Tasks make_tasks() {
 
 // M is compiled for these; the components in between are padded by ones without responsibility.
 template <class E, bool kFused>
-Tasks tasks_of(Mode mode, int components) {
-  if (mode == Mode::kGroups) return make_tasks<GroupPosterior<E>, kFused>();
-  if (components == 1) return make_tasks<ChannelPosterior<E, 1>, kFused>();
-  if (components == 2) return make_tasks<ChannelPosterior<E, 2>, kFused>();
-  if (components <= 4) return make_tasks<ChannelPosterior<E, 4>, kFused>();
-  if (components <= 8) return make_tasks<ChannelPosterior<E, 8>, kFused>();
+Tasks tasks_of(const Problem& p) {
+  if (p.mode == Mode::kGroups) return make_tasks<GroupPosterior<E>, kFused>();
+  if (p.components == 1) return make_tasks<ChannelPosterior<E, 1>, kFused>();
+  if (p.components == 2) return make_tasks<ChannelPosterior<E, 2>, kFused>();
+  if (p.components <= 4) return make_tasks<ChannelPosterior<E, 4>, kFused>();
+  if (p.components <= 8) return make_tasks<ChannelPosterior<E, 8>, kFused>();
   return make_tasks<ChannelPosterior<E, kMaxComponents>, kFused>();
 }
 
-// The plain kernels pay nothing for what the fused ones ask at every vector.
-template <class E>
-Tasks tasks_of(const Problem& p) {
-  return p.relu || p.residual ? tasks_of<E, true>(p.mode, p.components) : tasks_of<E, false>(p.mode, p.components);
-}
-
 inline Tasks tasks(const Problem& p) {
-  switch (p.element) {
-    case Element::kFloat:
-      return tasks_of<Float>(p);
-    case Element::kDouble:
-      return tasks_of<Double>(p);
-    case Element::kHalf:
-      return tasks_of<Half>(p);
-    default:
-      return tasks_of<BFloat16>(p);
-  }
+  // The plain kernels pay nothing for what the fused ones ask at every vector.
+  const auto of = [&p](auto element) {
+    using E = decltype(element);
+    return p.relu || p.residual ? tasks_of<E, true>(p) : tasks_of<E, false>(p);
+  };
+  if (p.element == Element::kFloat) return of(Float{});
+  if (p.element == Element::kDouble) return of(Double{});
+  return p.element == Element::kHalf ? of(Half{}) : of(BFloat16{});
 }
 
 }  // namespace

@@ -115,10 +115,7 @@ class GroupPosterior {
 
   template <class F>
   CBN_METHOD void visit(int64_t begin, int64_t end, F f) const {
-    for (int64_t first = begin, last = begin; first < end; first = last) {
-      while (++last < end && groups[last] == groups[first]) continue;
-      f(*this, groups[first], first, last);
-    }
+    for (int64_t n = begin; n < end; ++n) f(*this, static_cast<int>(groups[n]), n, n + 1);
   }
 
   CBN_METHOD V operator()(V, const Place&, V (&e)[1]) const { return e[0] = Math<V>::splat(1); }

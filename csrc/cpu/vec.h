@@ -1,12 +1,14 @@
-// A vector of lanes by the compilers' vector extension: arithmetic is built in; here are loads, stores and
-// `Math`. Included by the kernels of each instruction set with CBN_VECTOR_BYTES set.
+// A vector of lanes by the compilers' vector extension: arithmetic is built in; here are loads, stores and `Math`.
+// Included by the kernels of each instruction set with CBN_VECTOR_BYTES set.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "../mixture.h"
+#include "../problem.h"
 
 namespace cbn {
 
@@ -26,40 +28,26 @@ CBN_INLINE To bits(From value) {
 // 2^f on [-1/2, 1/2]: the Chebyshev interpolant of degree 6 (float, error 3e-9) and 11 (double, error 4e-18).
 constexpr float kExp2Float[] = {1.0f,           0.693147207f,   0.240226509f,   0.0555032723f,
                                 0.00961805668f, 0.00134004282f, 0.000154614447f};
-constexpr double kExp2Double[] = {
-    1.0,
-    0.693147180559945309,
-    0.240226506959101596,
-    0.055504108664821627,
-    0.00961812910758725667,
-    0.00133335581464064707,
-    0.000154035304637243542,
-    1.52527338415567726e-05,
-    1.32154325359123762e-06,
-    1.01780570877339411e-07,
-    7.07419429728852101e-09,
-    4.45581790833606449e-10,
-};
+constexpr double kExp2Double[] = {1.0,
+                                  0.693147180559945309,
+                                  0.240226506959101596,
+                                  0.055504108664821627,
+                                  0.00961812910758725667,
+                                  0.00133335581464064707,
+                                  0.000154035304637243542,
+                                  1.52527338415567726e-05,
+                                  1.32154325359123762e-06,
+                                  1.01780570877339411e-07,
+                                  7.07419429728852101e-09,
+                                  4.45581790833606449e-10};
 
 template <class S>
-struct Exp2;
-
-template <>
-struct Exp2<float> {
-  using Int = int32_t;
-  static constexpr float kRound = 12582912.0f + 127.0f;  // 1.5 2^23 rounds to an integer; 127 biases the exponent
-  static constexpr float kLowest = -126.0f;
-  static constexpr int kMantissa = 23;
-  static constexpr const auto& kPolynomial = kExp2Float;
-};
-
-template <>
-struct Exp2<double> {
-  using Int = int64_t;
-  static constexpr double kRound = 6755399441055744.0 + 1023.0;
-  static constexpr double kLowest = -1022.0;
-  static constexpr int kMantissa = 52;
-  static constexpr const auto& kPolynomial = kExp2Double;
+struct Exp2 {
+  using Int = std::conditional_t<std::is_same_v<S, float>, int32_t, int64_t>;
+  static constexpr int kMantissa = std::numeric_limits<S>::digits - 1;
+  static constexpr S kLowest = std::numeric_limits<S>::min_exponent - 1;
+  // 1.5 2^kMantissa rounds to an integer; the rest biases the exponent.
+  static constexpr S kRound = S(Int{3} << (kMantissa - 1)) + S(std::numeric_limits<S>::max_exponent - 1);
 };
 
 // The lanes' number is a parameter, so that each instruction set's functions have names of their own.
@@ -72,8 +60,7 @@ struct VectorMath {
   CBN_INLINE V reciprocal(V x) { return static_cast<S>(1) / x; }
   CBN_INLINE V max(V a, V b) { return a < b ? b : a; }
 
-  // 2^x for x below the largest exponent; below the smallest, at most the smallest normal number. NaN stays
-  // NaN.
+  // 2^x for x below the largest exponent; below the smallest, at most the smallest normal number. NaN stays NaN.
   CBN_INLINE V exp2(V x) {
 #if CBN_VECTOR_BYTES == 64
     const V f = fraction(x);
@@ -111,12 +98,18 @@ struct VectorMath {
     return result;
   }
 
-  CBN_INLINE V polynomial(V f) {
-    constexpr int kDegree = sizeof(Exp2<S>::kPolynomial) / sizeof(S) - 1;
-    V y = splat(Exp2<S>::kPolynomial[kDegree]);
+  template <int kTerms>
+  CBN_INLINE V polynomial(const S (&terms)[kTerms], V f) {
+    V y = splat(terms[kTerms - 1]);
     CBN_UNROLL
-    for (int k = kDegree - 1; k >= 0; --k) y = y * f + Exp2<S>::kPolynomial[k];
+    for (int k = kTerms - 2; k >= 0; --k) y = y * f + terms[k];
     return y;
+  }
+  CBN_INLINE V polynomial(V f) {
+    if constexpr (std::is_same_v<S, float>)
+      return polynomial(kExp2Float, f);
+    else
+      return polynomial(kExp2Double, f);
   }
 
 #if CBN_VECTOR_BYTES == 64
@@ -144,24 +137,17 @@ struct Math<Vec<double>> : VectorMath<double, kLanesOf<double>> {};
 
 namespace {
 
-// Element types in memory; arithmetic is in `Scalar`. The 16-bit ones convert by their bits, rounding to
-// nearest even.
-struct Float {
-  using Memory = float;
-  using Scalar = float;
+// Element types in memory; arithmetic is in `Scalar`. The 16-bit ones convert by their bits, rounding to nearest even.
+template <Element kElement>
+struct Elements {
+  static constexpr bool kHasHalfWidth = kElement == Element::kHalf || kElement == Element::kBFloat16;
+  using Scalar = std::conditional_t<kElement == Element::kDouble, double, float>;
+  using Memory = std::conditional_t<kHasHalfWidth, uint16_t, Scalar>;
 };
-struct Double {
-  using Memory = double;
-  using Scalar = double;
-};
-struct Half {
-  using Memory = uint16_t;
-  using Scalar = float;
-};
-struct BFloat16 {
-  using Memory = uint16_t;
-  using Scalar = float;
-};
+using Float = Elements<Element::kFloat>;
+using Double = Elements<Element::kDouble>;
+using Half = Elements<Element::kHalf>;
+using BFloat16 = Elements<Element::kBFloat16>;
 
 using Floats = Vec<float>;
 using Ints = Vec<int32_t>;
@@ -178,8 +164,7 @@ CBN_INLINE Halves narrow_bfloat16(Floats x) {
 CBN_INLINE Floats widen_half(Halves h) {
   const Ints b = __builtin_convertvector(h, Ints);
   const Ints magnitude = (b & 0x7fff) << 13;
-  // Multiplying by 2^112 moves the exponent's bias and normalises the subnormal; infinity and NaN need their
-  // exponent.
+  // Multiplying by 2^112 moves the exponent's bias and normalises the subnormal; infinity and NaN need their exponent.
   const Ints finite = bits<Ints>(bits<Floats>(magnitude) * 0x1p112f);
   const Ints value = magnitude >= 0x0f800000 ? (magnitude | 0x7f800000) : finite;
   return bits<Floats>(value | ((b & 0x8000) << 16));
@@ -220,22 +205,6 @@ CBN_INLINE Vec<typename E::Scalar> load(const typename E::Memory* x, int64_t cou
   }
   for (int64_t i = 0; i < count; ++i) raw[i] = x[i];
   return widen<E>(raw);
-}
-
-// Lane l is 1 where l < count, else 0.
-template <class S>
-CBN_INLINE Vec<S> lanes_below(int64_t count) {
-  constexpr int kLanes = kLanesOf<S>;
-  struct Window {
-    S values[2 * kLanes];
-    constexpr Window() : values{} {
-      for (int i = 0; i < kLanes; ++i) values[i] = 1;
-    }
-  };
-  static constexpr Window kWindow;
-  Vec<S> mask;
-  std::memcpy(&mask, kWindow.values + kLanes - count, sizeof(mask));
-  return mask;
 }
 
 template <class E>

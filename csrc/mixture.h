@@ -1,9 +1,9 @@
 // Compound batch normalization, per element: every formula once, for the host and the device.
 //
 // T is a scalar or a vector of lanes; a lane is one point x of one channel, or of several channels side by side.
-// Statistics of a channel are prepared in double by the functions that take and give `double`; the element functions use
-// them as T. Equations are those of "Compound Batch Normalization for Long-tailed Image Classification" (2022). Neither
-// ATen nor the CUDA runtime is used here.
+// Statistics of a channel are prepared in double by the functions that take and give `double`; the element functions
+// use them as T. Equations are those of "Compound Batch Normalization for Long-tailed Image Classification" (2022).
+// Neither ATen nor the CUDA runtime is used here.
 #pragma once
 
 #include <cmath>

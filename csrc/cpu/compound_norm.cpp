@@ -86,22 +86,14 @@ struct Plan {
   const Passes passes;
   const ReduceTask reduce;
   const MapTask map;
-  const int64_t channels_of_block, blocks;
-  int64_t splits, elements_of_split;
-  std::vector<double> sums;  // [blocks, splits, stride()], as `reduce` writes them
-
-  Plan(const Work& work, Passes passes, int lanes, ReduceTask reduce, MapTask map)
-      : work(work),
-        passes(passes),
-        reduce(reduce),
-        map(map),
-        channels_of_block(work.channels_last ? lanes : 1),
-        blocks((work.channels + channels_of_block - 1) / channels_of_block) {
-    const int64_t elements = work.points() * channels_of_block;
-    splits = std::max<int64_t>(1, std::min({elements / kTaskElements, work.images, kMostSplits}));
-    elements_of_split = elements / splits;
-    if (reduces()) sums.resize(blocks * splits * stride());
-  }
+  const int lanes;
+  const int64_t channels_of_block = work.channels_last ? lanes : 1;
+  const int64_t blocks = (work.channels + channels_of_block - 1) / channels_of_block;
+  const int64_t elements = work.points() * channels_of_block;  // of a block
+  const int64_t splits = std::max<int64_t>(1, std::min({elements / kTaskElements, work.images, kMostSplits}));
+  const int64_t elements_of_split = elements / splits;
+  // As `reduce` writes them, [blocks, splits, stride()]
+  std::vector<double> sums = std::vector<double>(reduces() ? blocks * splits * stride() : 0);
 
   bool reduces() const { return passes != Passes::kMap; }
   bool maps() const { return passes != Passes::kReduce; }
@@ -121,7 +113,7 @@ struct Plan {
     const bool by_rows = channels_of_block > 1 && splits >= threads;
     if (blocks >= threads && !by_rows) {
       // A block that one thread takes whole is still in its cache when it is mapped.
-      parallel(blocks, splits * elements_of_split, [&](int64_t block) {
+      parallel(blocks, elements, [&](int64_t block) {
         for (int64_t split = 0; split < splits && reduces(); ++split) reduce_split(block, split);
         finish_block(block, finish);
         for (int64_t split = 0; split < splits && maps(); ++split) map_split(block, split);
@@ -157,7 +149,7 @@ void run_forward(const Problem& p, Passes passes) {
   Work work = work_of(p);
   if (passes != Passes::kMap) sample(work);
   const Tasks tasks = tasks_for(work);
-  Plan<S, 3> plan(work, passes, tasks.lanes, tasks.moments, tasks.normalise);
+  Plan<S, 3> plan{work, passes, tasks.moments, tasks.normalise, tasks.lanes};
   plan.run([&](const Component<S>& component, const Totals<3>& totals) {
     if (plan.reduces()) component.write_batch(component.finish(totals.sums, totals.origin));
     if (plan.maps()) component.keep_running();
@@ -168,7 +160,7 @@ template <class S>
 void run_backward(const Problem& p, Passes passes) {
   const Work work = work_of(p);
   const Tasks tasks = tasks_for(work);
-  Plan<S, 2> plan(work, passes, tasks.lanes, tasks.gradient_sums, tasks.input_gradient);
+  Plan<S, 2> plan{work, passes, tasks.gradient_sums, tasks.input_gradient, tasks.lanes};
   plan.run([&](const Component<S>& component, const Totals<2>& totals) {
     if (!plan.reduces()) return;
     component.write_gradients(component.finish(totals.sums, totals.origin, component.used()), totals.sums[0]);

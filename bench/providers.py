@@ -177,7 +177,7 @@ class LayerWorkload:
 
     @property
     def in_out_bytes(self) -> int:
-        """Of x, y, the residual where there is one, and the gradients of all."""
+        """Bytes of x, y, the residual where there is one, and the gradients of all."""
         return (6 if self.provider.operation == ADD_RELU else 4) * self.problem.case.tensor_bytes
 
 

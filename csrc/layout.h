@@ -13,7 +13,7 @@ using torch::stable::Tensor;
 // t itself where it is contiguous: torch's function costs a call of its dispatcher even then.
 inline Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-// Whether channels vary fastest, in any number of dimensions; of (N, C) it is true of the contiguous layout.
+// True where channels vary fastest, in any number of dimensions; for (N, C) that is the contiguous layout.
 inline bool is_channels_last(const Tensor& x) {
   int64_t stride = x.size(1);
   if (x.size(1) > 1 && x.stride(1) != 1) return false;
@@ -35,7 +35,7 @@ inline Tensor laid_out(const Tensor& t, bool channels_last) {
   return moved;
 }
 
-// Whether x (N, C, ...) is read as channels_last; with one point per image, (N, C) too, as both are the same then and
+// True where x (N, C, ...) is read as channels_last; with one point per image, (N, C) too: both are the same then, and
 // channels are what a thread finds side by side.
 inline bool reads_channels_last(const Tensor& x) {
   const bool one_point = x.numel() == x.size(0) * x.size(1);

@@ -59,9 +59,9 @@ struct Call {
     return type == ScalarType::Half ? Element::kHalf : Element::kBFloat16;
   }
 
-  // Of a tensor whose layout is that of its shape; null where there is none.
+  // Where the contiguous tensor lies; null without one.
   void* dense(const OptionalTensor& t) { return t ? keep(cbn::contiguous(*t)) : nullptr; }
-  // Of a tensor like x.
+  // Where the tensor lies in the layout of x; null without one.
   void* like_x(const OptionalTensor& t) { return t ? keep(laid_out(*t, problem.channels_last)) : nullptr; }
 
  private:

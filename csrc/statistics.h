@@ -16,7 +16,7 @@ struct Component {
     return values ? static_cast<double>(static_cast<const S*>(values)[kind * p.components * p.channels + i])
                   : otherwise;
   }
-  // Of [kinds, M, C].
+  // Into [kinds, M, C].
   CBN_METHOD void write(void* values, double value, int kind = 0) const {
     static_cast<S*>(values)[kind * p.components * p.channels + i] = static_cast<S>(value);
   }

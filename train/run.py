@@ -46,7 +46,7 @@ def train(config: Config, folder: RunFolder, resume: bool, console: Console) -> 
     _describe(trainer, console)
     trainer.fit(console)
     final, confusion = trainer.test()
-    # Of every class, because an image folder's images are sorted by class.
+    # Images of every class: those of an image folder are sorted by class.
     some = data.train.images[:: -(-len(data.train.images) // FEATURE_IMAGES)]
     features = layer_features(trainer.model, trainer.normalize(some))
     page = report_page(config, data, trainer.history, final, confusion, features)

@@ -62,5 +62,5 @@ def accessed(code: Sequence[Instruction], *names: str) -> int:
 
 
 def has_alternatives(loop: Sequence[Instruction]) -> bool:
-    """Whether a turn of the loop cannot execute all of it, because a branch leads past the other arm of a condition."""
+    """True where no turn of the loop executes all of it, because a branch leads past the other arm of a condition."""
     return any(i.name == "BRA" and i.always for i in loop[:-1])

@@ -39,7 +39,7 @@ constexpr int kStreamingSegment = 256;
 constexpr int kSector = 32;
 // Bytes that a block takes of its multiprocessor beside its own.
 constexpr int kReservedShared = 1024;
-// Of a cluster that every device with clusters can launch.
+// Blocks of a cluster that every device with clusters can launch.
 constexpr int kLargestCluster = 8;
 
 struct Device {

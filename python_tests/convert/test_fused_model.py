@@ -139,7 +139,7 @@ def test_the_model_given_stays_as_it_is(x):
     "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
 def test_copies(duplicate, x):
-    """Of their own, with everything that the model has."""
+    """They are models of their own, with everything that the model has."""
     fused = converted(Model(), fuse=True).eval()
     other = duplicate(fused)
     assert list(other.state_dict()) == list(fused.state_dict())

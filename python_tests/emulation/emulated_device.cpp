@@ -217,7 +217,7 @@ void run_threads() {
   }
 }
 
-// Of a thread that still waits although none is left to run.
+// Says where a thread still waits although none is left to run.
 std::string deadlock() {
   for (const Thread& thread : cluster.threads) {
     if (thread.waits_in == nullptr) continue;
@@ -301,7 +301,7 @@ const std::uint64_t* exchange_in_warp(unsigned mask, std::uint64_t bits, const S
 
 unsigned lane() { return self().index % kWarp; }
 
-// Of an address in the block's own.
+// Where an address lies in the block's own shared memory.
 std::ptrdiff_t offset_in_shared_memory(const void* address) {
   const std::ptrdiff_t offset = static_cast<const unsigned char*>(address) - shared_memory();
   if (offset < 0 || offset >= static_cast<std::ptrdiff_t>(cluster.launch.shared))

@@ -86,7 +86,7 @@ inline float fast_reciprocal(float x) { return emulation::flush_subnormal(1 / em
 
 inline void atomic_or(unsigned* word, unsigned bits) { *word |= bits; }
 
-// Of a thread's copies from global to shared memory each happens at once or when it is waited for, at random.
+// A thread's copies from global to shared memory happen at once or when they are waited for, each at random.
 void copy_async(void* shared, const void* global, int bytes);
 void commit_copies();
 template <int kPending>

@@ -59,7 +59,7 @@ def flushed(x):
 
 
 def assert_within_two_ulp(actual, exact):
-    """Of the exact values (float64) where these are normal floats; the same special value elsewhere."""
+    """Compare with the exact values (float64) where these are normal floats; the same special value elsewhere."""
     expected = flushed(exact.float())
     assert torch.equal(actual.isnan(), expected.isnan())
     normal = expected.isfinite() & (expected != 0)

@@ -45,7 +45,7 @@ def _full_precision(monkeypatch):
 
 
 def losses(backend, memory_format, steps=8):
-    """Of a training run of both paths on images whose class shows."""
+    """The losses of a training run of both paths on images whose class shows."""
     torch.manual_seed(1)
     net = network().to(memory_format=memory_format)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)

@@ -99,7 +99,7 @@ def test_layer_is_the_composition(backend_of, dims, responsibility, activation, 
 
 
 def test_checkpoints_fit_all_three():
-    """Of a batch normalization, of the plain layer and of the one with activation, which has no state of its own."""
+    """State of a batch normalization, the plain layer and the one with activation, which has none of its own."""
     norm = nn.BatchNorm2d(5)
     for _ in range(3):
         norm(3 + 2 * torch.randn(8, 5, 4, 4))

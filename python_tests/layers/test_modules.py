@@ -330,7 +330,7 @@ def test_meta_device(responsibility):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", [Case(), Case(training=False), Case(mode="split")], ids=str)
 def test_only_x_is_saved(backend, case, dtype, layout):
-    """Of the input's size nothing is kept but the input itself; all else is per channel or per image."""
+    """Nothing of the input's size is kept but the input itself; all else is per channel or per image."""
     x = torch.randn(16, 8, 32, 32).to(dtype, memory_format=torch.channels_last if layout == "channels_last" else None)
     x.requires_grad_()
     layer = CompoundBatchNorm2d(8).train(case.training)

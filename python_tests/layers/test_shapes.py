@@ -41,7 +41,7 @@ def any_case(draw, modes):
 
 
 def enough(points, components, mode):
-    """Whether every component gets points to average over."""
+    """True where every component gets points to average over."""
     return points >= 40 * components and mode != "split"
 
 

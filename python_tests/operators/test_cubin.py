@@ -35,7 +35,7 @@ class Kernel(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """Of a thread: registers, and bytes of memory for what did not fit into them or is indexed at run time."""
+    """What a thread has: registers, and bytes of memory for what did not fit into them or is indexed at run time."""
 
     registers: int
     stack: int
@@ -54,7 +54,7 @@ def lines(*options: str) -> Iterator[tuple[str, str]]:
 
 
 def kernel(architecture: str, mangled: str) -> Kernel | None:
-    """Of a name; None for functions that are not compiled for an instance."""
+    """The kernel of a name; None for functions that are not compiled for an instance."""
     config = re.search(r"6ConfigI(\w+?)Li(\d+)ELb([01])ENS_\d+(\w+?)PosteriorEEE", mangled)
     if config is None:
         return None

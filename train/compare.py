@@ -10,7 +10,7 @@ import io
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -19,15 +19,28 @@ from train.errors import UserError
 from train.run import train
 from train.run_folder import RunFolder, write_atomically
 
-CONFIGS = Path(__file__).parent / "configs" / "compare"
+
+class Row(NamedTuple):
+    """A row of the table, and the options of its runs."""
+
+    label: str
+    options: tuple[str, ...]
+
+
+CHANNEL = ("--norm=compound", "--compound.responsibility=channel")
+JOINT = ("--norm=compound", "--compound.responsibility=joint")
 ROWS = {
-    "bn": "BN",
-    "bn_two_passes": "BN, two passes + consistency",
-    "cbn_channel": "CBN, channel",
-    "cbn_joint": "CBN, joint",
-    "cbn_two_passes": "CBN, channel, two passes + consistency, no split",
-    "dpl_channel": "CBN + SBN + DPL, channel",
-    "dpl_joint": "CBN + SBN + DPL, joint",
+    "bn": Row("BN", ("--norm=batch", "--paths=single")),
+    # The fair baseline of dual-path learning: the same passes, views and terms, and no split.
+    "bn_two_passes": Row("BN, two passes + consistency", ("--norm=batch", "--paths=dual")),
+    "cbn_channel": Row("CBN, channel", (*CHANNEL, "--paths=single")),
+    "cbn_joint": Row("CBN, joint", (*JOINT, "--paths=single")),
+    # What the second view alone brings.
+    "cbn_two_passes": Row(
+        "CBN, channel, two passes + consistency, no split", (*CHANNEL, "--paths=dual", "--split=false")
+    ),
+    "dpl_channel": Row("CBN + SBN + DPL, channel", (*CHANNEL, "--paths=dual")),
+    "dpl_joint": Row("CBN + SBN + DPL, joint", (*JOINT, "--paths=dual")),
 }
 FIGURES = ("overall", "many", "medium", "few", "worst")
 
@@ -39,13 +52,13 @@ def run_row(row: str, seed: int, folder: RunFolder, options: list[str], console:
         UserError: what the run raises; a run of another configuration in the folder.
     """
     parser = build_parser()
-    arguments = [f"--config={CONFIGS / row}.yaml", *options, f"--seed={seed}", f"--data.seed={seed}"]
+    arguments = [*ROWS[row].options, *options, f"--seed={seed}", f"--data.seed={seed}"]
     config = resolve(config_of(parser.parse_args(arguments)))
     begun = folder.config.exists()
     if begun:
         folder.require_same(config)
     if not any(record.get("final") for record in folder.records()):
-        console.rule(f"{ROWS[row]}, seed {seed}")
+        console.rule(f"{ROWS[row].label}, seed {seed}")
         train(config, folder, begun, console)
     return folder.records()
 
@@ -61,7 +74,7 @@ def csv_row(row: str, seed: int, records: list[dict[str, Any]]) -> dict[str, Any
 def markdown(results: list[dict[str, Any]]) -> str:
     """Mean ± standard deviation over the seeds of the last epoch's test accuracy, in per cent."""
     lines = [f"| | {' | '.join(FIGURES)} | seeds |", f"|---{'|---:' * (len(FIGURES) + 1)}|"]
-    for row, label in ROWS.items():
+    for row, (label, _) in ROWS.items():
         runs = [result for result in results if result["row"] == row]
         cells = [_mean_and_spread([run[f"last_{name}"] for run in runs]) for name in FIGURES]
         if runs:

@@ -72,6 +72,13 @@ struct Component {
   }
 };
 
+// Keeps element i of the running statistics [M, C] where no point is mapped.
+template <class S>
+struct KeepRunning {
+  Problem problem;
+  CBN_METHOD void operator()(int64_t i) const { Component<S>{problem, i}.keep_running(); }
+};
+
 // A [M, C] tensor in any memory.
 template <class S>
 struct Strided {

@@ -118,13 +118,6 @@ struct Work {
   }
 };
 
-// Element i of the running statistics [M, C] of a problem without points.
-template <class S>
-struct KeepRunning {
-  Problem problem;
-  CBN_METHOD void operator()(int64_t i) const { Component<S>{problem, i}.keep_running(); }
-};
-
 struct Cuda {
   struct Guard : DeviceGuard {
     explicit Guard(const Tensor& t) : DeviceGuard(t.get_device_index()) {}

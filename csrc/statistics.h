@@ -6,6 +6,9 @@
 
 namespace cbn {
 
+// Sums of a component: the rows of Moments and of GradientSums.
+constexpr int kMomentRows = Moments<double, 1>::kRows, kGradientRows = GradientSums<double, 1>::kRows;
+
 // Element i of the [M, C] tensors of a problem, which are of S.
 template <class S>
 struct Component {
@@ -52,7 +55,7 @@ struct Component {
   }
 
   // M-step (eqs 10-12) from the rows of Moments, rounded as it is kept.
-  CBN_METHOD Statistics finish(const double (&sums)[3], double origin) const {
+  CBN_METHOD Statistics finish(const double (&sums)[kMomentRows], double origin) const {
     const Statistics batch = batch_statistics(sums[0], sums[1], sums[2], origin, {0, read(p.mean, 0), read(p.var, 0)});
     return {static_cast<S>(batch.mass), static_cast<S>(batch.mean), static_cast<S>(batch.var)};
   }
@@ -63,7 +66,7 @@ struct Component {
   }
 
   // The weight's gradient from the rows of GradientSums; the bias's is the first of them.
-  CBN_METHOD double finish(const double (&sums)[2], double origin, const Statistics& used) const {
+  CBN_METHOD double finish(const double (&sums)[kGradientRows], double origin, const Statistics& used) const {
     return weight_gradient(sums[0], sums[1], used.mean, origin, used.var, p.eps);
   }
   CBN_METHOD void write_gradients(double weight, double bias) const {

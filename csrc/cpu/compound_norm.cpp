@@ -149,8 +149,8 @@ void run_forward(const Problem& p, Passes passes) {
   Work work = work_of(p);
   if (passes != Passes::kMap) sample(work);
   const Tasks tasks = tasks_for(work);
-  Plan<S, 3> plan{work, passes, tasks.moments, tasks.normalise, tasks.lanes};
-  plan.run([&](const Component<S>& component, const Totals<3>& totals) {
+  Plan<S, kMomentRows> plan{work, passes, tasks.moments, tasks.normalise, tasks.lanes};
+  plan.run([&](const Component<S>& component, const Totals<kMomentRows>& totals) {
     if (plan.reduces()) component.write_batch(component.finish(totals.sums, totals.origin));
     if (plan.maps()) component.keep_running();
   });
@@ -160,8 +160,8 @@ template <class S>
 void run_backward(const Problem& p, Passes passes) {
   const Work work = work_of(p);
   const Tasks tasks = tasks_for(work);
-  Plan<S, 2> plan{work, passes, tasks.gradient_sums, tasks.input_gradient, tasks.lanes};
-  plan.run([&](const Component<S>& component, const Totals<2>& totals) {
+  Plan<S, kGradientRows> plan{work, passes, tasks.gradient_sums, tasks.input_gradient, tasks.lanes};
+  plan.run([&](const Component<S>& component, const Totals<kGradientRows>& totals) {
     if (!plan.reduces()) return;
     component.write_gradients(component.finish(totals.sums, totals.origin, component.used()), totals.sums[0]);
   });

@@ -92,7 +92,7 @@ struct Work {
     Extent reduced = extent;
     if (kForward) reduced.tensors = 1;
     const Plan plan = plan_reduction(reduced, device, tuning());
-    const int64_t rows = kForward ? Moments<float, 1>::kRows : GradientSums<float, 1>::kRows;
+    const int64_t rows = kForward ? kMomentRows : kGradientRows;
     const int64_t sums = plan.splits * rows * arguments.components * arguments.channels;
     const Tensor workspace = empty(x, {sums + arguments.channels}, statistics_type(x.scalar_type()));
     arguments.partials = workspace.mutable_data_ptr();

@@ -9,7 +9,7 @@ namespace cbn {
 // Merges the splits' sums of a component and finishes it, a warp for each.
 template <class S, bool kForward>
 __global__ void finish_kernel(const __grid_constant__ Arguments a) {
-  constexpr int kRows = kForward ? Moments<S, 1>::kRows : GradientSums<S, 1>::kRows;
+  constexpr int kRows = kForward ? kMomentRows : kGradientRows;
   const int64_t size = a.components * a.channels;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   if (i >= size) return;

@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) reduce_kernel(const __grid_con
   reduce_block<C, pass, Source::kStream>(block, shared, Walk<C>(block));
   for_each_component(block, shared, [&](int m, int j, const Component<S>& component) {
     const int64_t size = a.components * a.channels;
-    constexpr int kRows = pass == Pass::kMoments ? Moments<S, 1>::kRows : GradientSums<S, 1>::kRows;
+    constexpr int kRows = pass == Pass::kMoments ? kMomentRows : kGradientRows;
     for (int row = 0; row < kRows; ++row)
       static_cast<S*>(a.partials)[(block.split * kRows + row) * size + component.i] =
           static_cast<S>(shared.totals[(row * C::M + m) * shared.K + j]);
@@ -311,7 +311,7 @@ template <class C, Pass pass>
 __global__ void __launch_bounds__(C::kThreads, 1) resident_kernel(const __grid_constant__ Arguments a) {
   using S = typename C::S;
   constexpr bool kForward = pass == Pass::kNormalise;
-  constexpr int kRows = kForward ? Moments<S, 1>::kRows : GradientSums<S, 1>::kRows;
+  constexpr int kRows = kForward ? kMomentRows : kGradientRows;
   const Block<C> block(a, blockIdx.x / a.splits, cluster_rank());
   const Shared<C> shared(block.channels);
   const Walk<C> start(block);

@@ -12,13 +12,12 @@ from python_tests.emulation.table import failures, run_table
 from python_tests.emulation.test_kernels import DEVICES, MANY_SPLITS
 from python_tests.support.cases import Case
 
-# The kernels of one type and number of components, for both layouts and, in one of them, both posteriors.
+# The kernels of one posterior, type and number of components, for both layouts.
 FEW = """
 #include "cuda/kernels.cuh"
 
 namespace cbn {
-Kernels kernels_float(int, bool channels_last, Mode mode) {
-  if (mode == Mode::kGroups) return kernels_for<Config<float, 4, false, GroupPosterior>>();
+Kernels kernels_float(int, bool channels_last, Mode) {
   return channels_last ? kernels_for<Config<float, 4, true, ChannelPosterior>>()
                        : kernels_for<Config<float, 4, false, ChannelPosterior>>();
 }
@@ -29,15 +28,13 @@ Kernels kernels_bfloat16(int, bool, Mode) { return {}; }
 """
 SHAPE = (3, 2, 47, 43)
 CASES = tuple(
-    Case(SHAPE, mode=mode, training=training, data=data, layout=layout, activation="relu", residual=residual)
+    Case(SHAPE, training=training, data=data, layout=layout, activation="relu", residual=residual)
     for layout in ("contiguous", "channels_last")
-    for mode, training, data, residual in (
-        ("channel", True, "mixed", True),
-        ("channel", True, "equal", False),
-        ("channel", False, "mixed", False),
-        ("split", True, "mixed", False),
+    for training, data, residual in (
+        (True, "mixed", True),
+        (True, "equal", False),
+        (False, "mixed", False),
     )
-    if (mode, layout) != ("split", "channels_last")
 )
 
 

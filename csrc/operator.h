@@ -30,16 +30,15 @@ inline Tensor empty(const Tensor& like, Shape shape, ScalarType type) {
 
 // A problem, and the tensors that it points to, some of them copies.
 struct Call {
-  Tensor x;
   Problem problem{};
+  Tensor x;
 
   Call(const Tensor& input, const OptionalTensor& groups, int64_t components, const OptionalTensor& weight,
        const OptionalTensor& bias, int64_t mode, bool training, bool relu, double eps)
-      : x(laid_out(input, reads_channels_last(input))) {
+      : x(laid_out(input, problem.channels_last = reads_channels_last(input))) {
     Problem& p = problem;
     p.mode = static_cast<Mode>(mode);
     p.element = element(x.scalar_type());
-    p.channels_last = reads_channels_last(input);
     p.training = training;
     p.relu = relu;
     p.eps = eps;

@@ -31,6 +31,7 @@ struct Work {
   Arguments arguments;
   Extent extent;
   Device device;
+  Tuning chosen = tuning();
   cudaStream_t stream;
 
   Work(const Problem& p, const Tensor& x)
@@ -91,7 +92,7 @@ struct Work {
   void reduce(Kernels::Kernel kernel, const Tensor& x) {
     Extent reduced = extent;
     if (kForward) reduced.tensors = 1;
-    const Plan plan = plan_reduction(reduced, device, tuning());
+    const Plan plan = plan_reduction(reduced, device, chosen);
     const int64_t rows = kForward ? kMomentRows : kGradientRows;
     const int64_t sums = plan.splits * rows * arguments.components * arguments.channels;
     const Tensor workspace = empty(x, {sums + arguments.channels}, statistics_type(x.scalar_type()));
@@ -103,7 +104,6 @@ struct Work {
 
   // A cluster of blocks that keeps the values on chip; nothing where they do not fit.
   std::optional<Plan> resident_plan(Kernels::Kernel kernel) {
-    const Tuning chosen = tuning();
     if (device.cluster > 1 && chosen.cluster > 1)
       device.cluster = largest_cluster(reinterpret_cast<const void*>(kernel), kernels.most_threads);
     return plan_resident(extent, device, chosen);
@@ -114,7 +114,7 @@ struct Work {
     if (passes == Passes::kBoth)
       if (const std::optional<Plan> plan = resident_plan(direction.both)) return launch_pass(direction.both, *plan);
     if (passes != Passes::kMap) reduce<kForward>(direction.reduce, x);
-    if (passes != Passes::kReduce) launch_pass(direction.map, plan_map(extent, device, tuning()));
+    if (passes != Passes::kReduce) launch_pass(direction.map, plan_map(extent, device, chosen));
   }
 };
 

@@ -12,6 +12,12 @@ namespace {
 
 enum class Pass { kMoments, kNormalise, kGradientSums, kInputGradient };
 
+constexpr bool maps(Pass pass) { return pass == Pass::kNormalise || pass == Pass::kInputGradient; }
+
+// Bytes of a channel in an image up to which memory is asked for ahead, and how many images ahead.
+constexpr int64_t kSmallMap = 1024;
+constexpr int64_t kImagesAhead = 4;
+
 // Where a vector lies: `count` elements from `offset` on; the first of them is of `point` among the N S points.
 struct Place {
   int64_t offset, count, point;
@@ -48,10 +54,23 @@ struct Block {
     const int64_t together = last ? end - begin : 1;
     const int64_t steps = last ? together * S : (S + kLanes - 1) / kLanes, stride = last ? C : kLanes;
     const int64_t full = last ? channels : kLanes, tail = last ? channels : S - (steps - 1) * kLanes;
+    const bool small = !last && S * static_cast<int64_t>(sizeof(Memory)) <= kSmallMap;
     for (int64_t i = begin; i < end; i += together) {
       const int64_t base = i * C * S + first_channel * (last ? 1 : S);
+      if (small && i + kImagesAhead < work.images) prefetch(base + kImagesAhead * C * S);
       for (int64_t k = 0; k < steps; ++k)
         visit(Place{base + k * stride, k + 1 < steps ? full : tail, i * S + k * (last ? 1 : kLanes)});
+    }
+  }
+
+  // Asks for a channel's points of one image: a few lines of the cache, which lie too far from those of the image before
+  // for the processor to foresee them.
+  CBN_METHOD void prefetch(int64_t offset) const {
+    constexpr int64_t kLine = 64 / sizeof(Memory);
+    for (int64_t at = offset; at < offset + work.spatial; at += kLine) {
+      __builtin_prefetch(x() + at);
+      if (work.grad) __builtin_prefetch(grad() + at);
+      if (maps(pass)) __builtin_prefetch(out() + at, 1);
     }
   }
 

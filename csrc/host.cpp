@@ -35,25 +35,15 @@ PYBIND11_MODULE(_host, m) {
   namespace py = pybind11;
   py::class_<cbn::Device>(m, "Device",
                           "What a CUDA device allows: shared_memory in bytes of a block, cluster in blocks.")
-      .def(py::init([](int multiprocessors, int shared_memory, int cluster) {
-             return cbn::Device{multiprocessors, shared_memory, cluster};
-           }),
-           py::arg("multiprocessors"), py::arg("shared_memory"), py::arg("cluster"));
+      .def(py::init<int, int, int>(), py::arg("multiprocessors"), py::arg("shared_memory"), py::arg("cluster"));
   py::class_<cbn::Tuning>(m, "Tuning", "What a measurement may change: cluster, blocks, ahead, threads; see launch.h.")
-      .def(py::init([](int cluster, int blocks, int ahead, int threads) {
-             return cbn::Tuning{cluster, blocks, ahead, threads};
-           }),
-           py::arg("cluster") = cbn::Tuning{}.cluster, py::arg("blocks") = cbn::Tuning{}.blocks,
-           py::arg("ahead") = cbn::Tuning{}.ahead, py::arg("threads") = cbn::Tuning{}.threads);
+      .def(py::init<int, int, int, int>(), py::arg("cluster") = cbn::Tuning{}.cluster,
+           py::arg("blocks") = cbn::Tuning{}.blocks, py::arg("ahead") = cbn::Tuning{}.ahead,
+           py::arg("threads") = cbn::Tuning{}.threads);
   py::class_<cbn::Extent>(m, "Extent", "What a pass works on; sizes in bytes, vector in elements of a chunk.")
-      .def(py::init([](int64_t channels, int64_t points, bool channels_last, int element_size, int statistic_size,
-                       int components, int vector, int most_threads, int tensors) {
-             return cbn::Extent{channels,   points, channels_last, element_size, statistic_size,
-                                components, vector, most_threads,  tensors};
-           }),
-           py::arg("channels"), py::arg("points"), py::arg("channels_last"), py::arg("element_size"),
-           py::arg("statistic_size"), py::arg("components"), py::arg("vector"), py::arg("most_threads"),
-           py::arg("tensors"));
+      .def(py::init<int64_t, int64_t, bool, int, int, int, int, int, int>(), py::arg("channels"), py::arg("points"),
+           py::arg("channels_last"), py::arg("element_size"), py::arg("statistic_size"), py::arg("components"),
+           py::arg("vector"), py::arg("most_threads"), py::arg("tensors"));
   py::class_<cbn::Plan>(m, "Plan", "Blocks, threads, and what of the channels and points each takes.")
       .def_readonly("resident", &cbn::Plan::resident)
       .def_readonly("threads", &cbn::Plan::threads)

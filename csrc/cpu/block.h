@@ -63,8 +63,8 @@ struct Block {
     }
   }
 
-  // Asks for a channel's points of one image: a few lines of the cache, which lie too far from those of the image before
-  // for the processor to foresee them.
+  // Asks for a channel's points of one image: a few lines of the cache, which lie too far from those of the image
+  // before for the processor to foresee them.
   CBN_METHOD void prefetch(int64_t offset) const {
     constexpr int64_t kLine = 64 / sizeof(Memory);
     for (int64_t at = offset; at < offset + work.spatial; at += kLine) {

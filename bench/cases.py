@@ -169,7 +169,7 @@ def run_reference(x: Tensor, *state: Tensor, training: bool, groups: Tensor | No
     prior, mean, var, weight, bias = state
     mode = Mode.CHANNEL if groups is None else Mode.GROUPS
     options = Options(mode, training, relu=False, detach_responsibility=False, eps=EPS)
-    y, _, _, batch = reference.forward(x, None, groups, prior, mean, var, weight, bias, options)
+    y, _, _, batch, _ = reference.forward(x, None, groups, prior, mean, var, weight, bias, options)
     return y, batch
 
 

@@ -27,7 +27,7 @@ def _gradients(ctx, inputs: tuple[str, ...], **gradients: Tensor) -> tuple[Tenso
 
 
 class Normalize(torch.autograd.Function):
-    """Forward of every mode and backend. Saves x, the ReLU's mask and per-channel tensors; p is recomputed."""
+    """Forward of every mode and backend. Saves x, the ReLU's mask, per-channel tensors and a joint posterior."""
 
     generate_vmap_rule = True
 
@@ -38,11 +38,11 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, residual, groups, _, _, _, weight, bias, ctx.options, ctx.backend = inputs
-        _, mask, running, batch = output
-        ctx.mark_non_differentiable(mask, running, batch)
+        _, mask, running, batch, posterior = output
+        ctx.mark_non_differentiable(mask, running, batch, posterior)
         ctx.set_materialize_grads(False)
         mask = mask if ctx.options.relu and residual is not None else None
-        ctx.save_for_backward(x, mask, groups, running, batch, weight, bias)
+        ctx.save_for_backward(x, mask, groups, posterior, running, batch, weight, bias)
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -59,8 +59,8 @@ class NormalizeBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad, x, mask, groups, running, batch, weight, bias, options, backend):
-        return backend.backward(grad, x, mask, groups, running, batch, weight, bias, options)
+    def forward(grad, x, mask, groups, posterior, running, batch, weight, bias, options, backend):
+        return backend.backward(grad, x, mask, groups, posterior, running, batch, weight, bias, options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -70,7 +70,7 @@ class NormalizeBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_grads):
         grad, *saved = ctx.saved_tensors
-        x, mask, groups, running, _, weight, bias = saved
+        x, mask, groups, _, running, _, weight, bias = saved
         prior, mean, var = reference.unstacked(running, ctx.options.mode)
         # None (no affine) cannot be an argument of vjp; the gradients' formula is the same with 1 and 0.
         affine = [torch.ones_like(mean) if weight is None else weight, torch.zeros_like(mean) if bias is None else bias]

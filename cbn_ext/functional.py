@@ -117,7 +117,7 @@ def _normalize(tensors: tuple[Tensor | None, ...], options: Options, momentum: f
     backend = _choose_backend(x.device.type, options.mode)
     dtype = reference.compute_dtype(x.dtype)
     per_channel = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (prior, mean, var, weight, bias))
-    y, _, _, batch = Normalize.apply(x, residual, groups, *per_channel, options, backend)
+    y, _, _, batch, _ = Normalize.apply(x, residual, groups, *per_channel, options, backend)
     if options.training and momentum is not None:
         # The native update takes a number, and statistics of the dtype they were used in.
         update = (reference if isinstance(momentum, Tensor) or mean.dtype != dtype else backend).update_running
@@ -129,9 +129,10 @@ def _normalize(tensors: tuple[Tensor | None, ...], options: Options, momentum: f
 def _choose_backend(device: str, mode: Mode) -> ModuleType:
     """The module that computes this call, `ops` or `reference`: both have the same functions."""
     choice = backend()
-    if choice == "native" and mode is Mode.JOINT:
-        raise NotImplementedError('the backend "native" serves channel and split mode, got joint')
-    if choice == "reference" or mode is Mode.JOINT:
+    served = mode is not Mode.JOINT or device == "cpu"
+    if choice == "native" and not served:
+        raise NotImplementedError(f'the backend "native" serves joint mode on the CPU alone, got {device}')
+    if choice == "reference" or not served:
         return reference
     if load_error(device) is None:
         return ops

@@ -83,7 +83,7 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Normalise by every component and combine (eqs 7, 16), add and activate; differentiable by autograd.
 
     Args:
@@ -97,7 +97,8 @@ def forward(
     Returns:
         The output like x, and what `backward` needs: with a ReLU and a residual the ReLU's mask, uint8, one bit per
         element, else an empty tensor; copies of prior (0 for None), mean and variance, stacked to (3, M, C); in
-        training the batch's mass, mean and biased variance, stacked likewise, else an empty tensor.
+        training the batch's mass, mean and biased variance, stacked likewise, else an empty tensor; an empty tensor
+        again, where the native operators give the posterior of joint mode.
 
     Raises:
         RuntimeError: groups outside of 0 to M − 1.
@@ -127,7 +128,7 @@ def forward(
     if residual is not None:
         y = y + residual
     mask = _packed(~(y <= 0)) if options.relu and residual is not None else x.new_empty(0, dtype=torch.uint8)
-    return _like(y.relu() if options.relu else y, x), mask, running, batch
+    return _like(y.relu() if options.relu else y, x), mask, running, batch, mean.new_empty(0)
 
 
 def _stacked(prior: Tensor | None, mean: Tensor, var: Tensor) -> Tensor:
@@ -166,6 +167,7 @@ def backward(
     x: Tensor,
     mask: Tensor | None,
     groups: Tensor | None,
+    posterior: Tensor,
     running: Tensor,
     batch: Tensor,
     weight: Tensor | None,
@@ -175,7 +177,7 @@ def backward(
     """The gradients of `forward` for x, residual, weight and bias, in closed form, from x and what forward returned.
 
     `mask` is given where there were a ReLU and a residual, whose gradient then is the masked `grad`; else it is `grad`
-    itself, and an empty tensor stands for it.
+    itself, and an empty tensor stands for it. `posterior` is not looked at: responsibilities are computed again.
     """
     dims = _reduced_dims(x)
     wide, g = x.to(compute_dtype(x.dtype)), grad.to(compute_dtype(x.dtype))

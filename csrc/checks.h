@@ -60,11 +60,23 @@ inline void check_input(const Tensor& x, int64_t mode, const OptionalTensor& gro
   STD_TORCH_CHECK(components >= 1 && components <= kMaxComponents, "expected statistics of M components, M from 1 to ",
                   kMaxComponents, ", got ", components);
   check_tensor(groups, "groups", {x.size(0)}, ScalarType::Long, x);
-  STD_TORCH_CHECK(mode == static_cast<int64_t>(Mode::kChannel) || mode == static_cast<int64_t>(Mode::kGroups),
-                  "expected mode 0 (channel) or 1 (groups), got ", mode);
+  STD_TORCH_CHECK(mode >= static_cast<int64_t>(Mode::kChannel) && mode <= static_cast<int64_t>(Mode::kJoint),
+                  "expected mode 0 (channel), 1 (groups) or 2 (joint), got ", mode);
   STD_TORCH_CHECK(groups.has_value() == (mode == static_cast<int64_t>(Mode::kGroups)),
                   "expected groups in mode 1 (groups) and in no other, got ", groups ? "groups" : "none", " in mode ",
                   mode);
+}
+
+// True where the points have weights of their own, [M, N, S]; a single component's are 1.
+inline bool has_posterior(int64_t mode, int64_t components) {
+  return mode == static_cast<int64_t>(Mode::kJoint) && components > 1;
+}
+
+inline void check_posterior(const OptionalTensor& posterior, int64_t mode, int64_t components, const Tensor& x) {
+  const int64_t spatial = x.numel() == 0 ? 0 : x.numel() / x.size(0) / x.size(1);
+  const int64_t shape[] = {components, x.size(0), spatial}, none[] = {0};
+  const Shape expected = has_posterior(mode, components) ? Shape(shape) : Shape(none);
+  check_tensor(posterior, "posterior, as forward gave it,", expected, statistics_type(x.scalar_type()), x);
 }
 
 using Named = std::pair<const char*, const OptionalTensor&>;
@@ -78,23 +90,29 @@ inline void check_components(std::initializer_list<Named> tensors, int64_t compo
 // What the forward passes require.
 inline void check_forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& groups,
                           const OptionalTensor& prior, const OptionalTensor& mean, const OptionalTensor& var,
-                          const OptionalTensor& batch, const OptionalTensor& weight, const OptionalTensor& bias,
-                          int64_t mode) {
+                          const OptionalTensor& posterior, const OptionalTensor& batch, const OptionalTensor& weight,
+                          const OptionalTensor& bias, int64_t mode) {
   STD_TORCH_CHECK(mean->dim() == 2, "expected mean of shape (M, C), got ", to_text(mean->sizes()));
   const int64_t components = mean->size(0);
   check_input(x, mode, groups, components);
   check_tensor(residual, "residual", x.sizes(), x.scalar_type(), x);
   check_tensor(batch, "batch", {3, components, x.size(1)}, statistics_type(x.scalar_type()), x);
-  check_components({{"prior", prior}, {"mean", mean}, {"var", var}, {"weight", weight}, {"bias", bias}}, components, x);
+  check_components({{"mean", mean}, {"var", var}, {"weight", weight}, {"bias", bias}}, components, x);
+  if (mode == static_cast<int64_t>(Mode::kJoint))
+    check_tensor(prior, "prior", {components}, statistics_type(x.scalar_type()), x);
+  else
+    check_components({{"prior", prior}}, components, x);
+  check_posterior(posterior, mode, components, x);
   STD_TORCH_CHECK(groups || prior || components == 1, "expected prior or groups for ", components,
                   " components, got neither");
 }
 
 // What the backward passes require; `batch` where statistics of the batch normalised.
 inline void check_backward(const Tensor& grad, const Tensor& x, const OptionalTensor& mask,
-                           const OptionalTensor& groups, const Tensor& running, const OptionalTensor& batch,
-                           const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& grad_weight,
-                           const OptionalTensor& grad_bias, int64_t mode, bool relu) {
+                           const OptionalTensor& groups, const Tensor& posterior, const Tensor& running,
+                           const OptionalTensor& batch, const OptionalTensor& weight, const OptionalTensor& bias,
+                           const OptionalTensor& grad_weight, const OptionalTensor& grad_bias, int64_t mode,
+                           bool relu) {
   STD_TORCH_CHECK(running.dim() == 3, "expected running of shape (3, M, C), got ", to_text(running.sizes()));
   const int64_t components = running.size(1);
   check_input(x, mode, groups, components);
@@ -104,6 +122,7 @@ inline void check_backward(const Tensor& grad, const Tensor& x, const OptionalTe
   check_tensor(batch, "batch", statistics, statistics_type(x.scalar_type()), x);
   check_components({{"weight", weight}, {"bias", bias}, {"grad_weight", grad_weight}, {"grad_bias", grad_bias}},
                    components, x);
+  check_posterior(posterior, mode, components, x);
   STD_TORCH_CHECK(!mask || relu, "expected no mask without relu, got one of shape ", to_text(mask->sizes()));
   check_tensor(mask, "mask, as forward gave it,", {mask_bytes(x)}, ScalarType::Byte, x);
 }
@@ -116,7 +135,7 @@ inline void check_update_running(const OptionalTensor& prior, const Tensor& mean
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
                   "expected running statistics of float32 or float64, got ", type);
   check_tensor(var, "var", mean.sizes(), type, mean);
-  check_tensor(prior, "prior", mean.sizes(), type, mean);
+  check_tensor(prior, "prior", prior && prior->dim() == 1 ? Shape(mean.sizes().data(), 1) : mean.sizes(), type, mean);
   check_tensor(batch, "batch", {3, mean.size(0), mean.size(1)}, type, mean);
 }
 

@@ -77,10 +77,11 @@ struct LogDensity {
   double mean;
 };
 
+CBN_INLINE double log_prior(double prior) { return kLog2E * std::log(prior > kPriorFloor ? prior : kPriorFloor); }
+
 CBN_INLINE LogDensity log_density(double prior, double mean, double var, double eps) {
   const double v = var + eps;
-  const double floored = prior > kPriorFloor ? prior : kPriorFloor;
-  return {kLog2E / (2 * v), kLog2E * (std::log(floored) - 0.5 * std::log(v)), mean};
+  return {kLog2E / (2 * v), log_prior(prior) - kLog2E * 0.5 * std::log(v), mean};
 }
 
 // One component's `curvature (z - centre)^2 + height` for points z = x - origin.
@@ -124,6 +125,32 @@ CBN_INLINE T responsibilities(const LogOdds<T, M>& odds, T z, T (&e)[M]) {
   CBN_UNROLL
   for (int m = 1; m < M; ++m) sum = sum + e[m];
   return Math<T>::reciprocal(sum);
+}
+
+// Joint mode, one mixture over the channels of a point: component m's log-density is the sum of its peaks over the
+// channels less the sum of t_m^2, t_m = sqrt(precision_m) (x - mean_m). Each is as accurate as it is large: what
+// matters is near a component, and small. Differences to one component would lose that where this one is far away.
+template <class T, int M>
+struct Distances {
+  static constexpr int kRows = 2;
+  T slope[M];
+  T offset[M];  // t = slope z + offset
+  CBN_METHOD T* row(int i) { return i == 0 ? slope : offset; }
+};
+
+CBN_INLINE Distances<double, 1> distance(const LogDensity& component, double origin) {
+  const double slope = std::sqrt(component.precision);
+  return {slope, slope * (origin - component.mean)};
+}
+
+// What a channel adds to the sums of t^2.
+template <class T, int M>
+CBN_INLINE void accumulate(T (&squares)[M], const Distances<T, M>& in, T z) {
+  CBN_UNROLL
+  for (int m = 0; m < M; ++m) {
+    const T t = in.slope[m] * z + in.offset[m];
+    squares[m] = squares[m] + t * t;
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -264,6 +291,7 @@ CBN_INLINE double weight_gradient(double sum_bias, double sum_first, double mean
 //   f_m  = g (gamma r d + beta) + ( dL/dmu d + dL/dvar (d^2 - var) ) / n     what one unit of p_m is worth
 //   f'_m = g gamma r + ( dL/dmu + 2 dL/dvar d ) / n
 //   dL/dx = sum p f' + Cov_p(l', f),   l'_m = d/dx of the log-odds; the covariance is absent where p is a constant
+// In joint mode F_m, the sum of f_m over the channels of the point, stands in the covariance for f_m.
 template <class T, int M>
 struct InputGradient {
   static constexpr int kRows = 6;
@@ -321,6 +349,15 @@ CBN_INLINE T covariance(const LogOdds<T, M>& odds, const T (&p)[M], T z, const T
   CBN_UNROLL
   for (int m = kBounded ? 1 : 0; m < M; ++m)
     sum = sum + p[m] * (odds.curvature[m] * (z - odds.centre[m])) * (f[m] - mean);
+  return sum * Math<T>::splat(2 * kLn2);
+}
+
+// Joint mode: sum_m q_m l'_m, with the gradient of the log-odds q_m = p_m (F_m - sum_k p_k F_k).
+template <class T, int M>
+CBN_INLINE T joint_covariance(const LogOdds<T, M>& densities, const T (&q)[M], T z) {
+  T sum = Math<T>::splat(0);
+  CBN_UNROLL
+  for (int m = 0; m < M; ++m) sum = sum + q[m] * (densities.curvature[m] * (z - densities.centre[m]));
   return sum * Math<T>::splat(2 * kLn2);
 }
 

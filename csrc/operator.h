@@ -4,6 +4,8 @@
 //   Guard                                    made from x, while the operator runs
 //   forward(problem, passes, x)              x is what its memory is allocated like
 //   backward(problem, passes, x)
+//   weigh_points(problem, x)                 fills problem.posterior
+//   differentiate_weights(problem, x)        fills problem.posterior_gradient, between backward's passes
 //   writes_all_of_mask(problem)              or else the mask is to start as zeros
 //   for_each(count, f, like)                 f(i) for i < count
 //
@@ -73,25 +75,28 @@ struct Call {
 };
 
 // y = act(cbn(x) + residual), like x and rounded once, and what backward needs:
-//   mask     [bytes] uint8, private to the backend: one bit per element, set where the ReLU lets gradients pass;
-//            [0] unless both relu and residual are given
-//   running  [3, M, C] prior (0 where none was given), mean and variance as they were used
-//   batch    [3, M, C] mass, mean and biased variance of the batch; a component without mass has its running
-//            statistics there. [0] in evaluation
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+//   mask       [bytes] uint8, private to the backend: one bit per element, set where the ReLU lets gradients pass;
+//              [0] unless both relu and residual are given
+//   running    [3, M, C] prior (0 where none was given), mean and variance as they were used
+//   batch      [3, M, C] mass, mean and biased variance of the batch; a component without mass has its running
+//              statistics there. [0] in evaluation
+//   posterior  [M, N, S] weights of the points in Mode::kJoint; [0] in the others and where M = 1
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class Backend>
-Forward run_forward(Passes passes, const Tensor& x,
-                    const OptionalTensor& residual,  // like x, or 0
-                    const OptionalTensor& groups,    // [N] int64, Mode::kGroups alone
-                    const OptionalTensor& prior,     // [M, C], needed where M > 1 in Mode::kChannel
-                    const Tensor& mean,              // [M, C] running
-                    const Tensor& var,               // [M, C] running
-                    const OptionalTensor& given,     // [3, M, C] the batch's, where only the map is wanted
-                    const OptionalTensor& weight,    // [M, C] or 1
-                    const OptionalTensor& bias,      // [M, C] or 0
-                    int64_t mode, bool training, bool relu, double eps) {
-  check_forward(x, residual, groups, prior, mean, var, given, weight, bias, mode);
+Forward run_forward(
+    Passes passes, const Tensor& x,
+    const OptionalTensor& residual,         // like x, or 0
+    const OptionalTensor& groups,           // [N] int64, Mode::kGroups alone
+    const OptionalTensor& prior,            // [M, C], in Mode::kJoint [M]; needed where M > 1 there and in kChannel
+    const Tensor& mean,                     // [M, C] running
+    const Tensor& var,                      // [M, C] running
+    const OptionalTensor& given_posterior,  // where only the map is wanted
+    const OptionalTensor& given_batch,      // likewise
+    const OptionalTensor& weight,           // [M, C] or 1
+    const OptionalTensor& bias,             // [M, C] or 0
+    int64_t mode, bool training, bool relu, double eps) {
+  check_forward(x, residual, groups, prior, mean, var, given_posterior, given_batch, weight, bias, mode);
   const typename Backend::Guard guard(x);
   Call call(x, groups, mean.size(0), weight, bias, mode, training, relu, eps);
   Problem& p = call.problem;
@@ -99,9 +104,16 @@ Forward run_forward(Passes passes, const Tensor& x,
   p.prior = call.dense(prior);
   p.mean = call.dense(mean);
   p.var = call.dense(var);
-  Tensor y, mask, running, batch;
-  if (given)
-    p.batch = call.dense(given);
+  Tensor y, mask, running, batch, posterior;
+  if (has_posterior(mode, p.components)) {
+    posterior =
+        given_posterior ? *given_posterior : empty(mean, {p.components, p.images, p.spatial}, mean.scalar_type());
+    p.posterior = call.dense(posterior);
+  } else {
+    posterior = empty(mean, {0}, mean.scalar_type());
+  }
+  if (given_batch)
+    p.batch = call.dense(given_batch);
   else if (training)
     p.batch = (batch = empty(mean, {3, mean.size(0), mean.size(1)}, mean.scalar_type())).mutable_data_ptr();
   else
@@ -117,8 +129,11 @@ Forward run_forward(Passes passes, const Tensor& x,
                                                        : empty(x, {bytes}, ScalarType::Byte);
     if (has_mask) p.mask = static_cast<uint32_t*>(mask.mutable_data_ptr());
   }
-  if (p.channels > 0) Backend::forward(p, passes, call.x);
-  return {y, mask, running, batch};
+  if (p.channels > 0) {
+    if (p.posterior && !given_posterior) Backend::weigh_points(p, call.x);
+    Backend::forward(p, passes, call.x);
+  }
+  return {y, mask, running, batch, posterior};
 }
 
 // Gradients of x, of the residual (like x where there is a mask, else [0]: it is grad itself), of weight [M, C] and of
@@ -131,6 +146,7 @@ Backward run_backward(Passes passes,
                       const Tensor& x,                    // [N, C, ...]
                       const OptionalTensor& mask,         // as forward gave it
                       const OptionalTensor& groups,       // [N] int64, Mode::kGroups alone
+                      const Tensor& posterior,            // as forward gave it
                       const Tensor& running,              // [3, M, C], forward's
                       const OptionalTensor& batch,        // [3, M, C], forward's, in training
                       const OptionalTensor& weight,       // [M, C] or 1
@@ -138,7 +154,7 @@ Backward run_backward(Passes passes,
                       const OptionalTensor& grad_weight,  // [M, C], where only the map is wanted
                       const OptionalTensor& grad_bias,    // [M, C] likewise
                       int64_t mode, bool relu, bool detach_responsibility, double eps) {
-  check_backward(grad, x, mask, groups, running, batch, weight, bias, grad_weight, grad_bias, mode, relu);
+  check_backward(grad, x, mask, groups, posterior, running, batch, weight, bias, grad_weight, grad_bias, mode, relu);
   const typename Backend::Guard guard(x);
   const int64_t components = running.size(1), channels = running.size(2);
   Call call(x, groups, components, weight, bias, mode, batch.has_value(), relu, eps);
@@ -148,7 +164,8 @@ Backward run_backward(Passes passes,
   p.mask = static_cast<uint32_t*>(call.dense(mask));
   const char* statistics = static_cast<const char*>(call.dense(running));
   const int64_t bytes = components * channels * static_cast<int64_t>(p.is_wide() ? sizeof(double) : sizeof(float));
-  p.prior = statistics;
+  // Each channel has the prior here; where the points' weights are given, no one asks for it.
+  p.prior = p.mode == Mode::kJoint ? nullptr : statistics;
   p.mean = statistics + bytes;
   p.var = statistics + 2 * bytes;
   p.batch = call.dense(batch);
@@ -168,7 +185,18 @@ Backward run_backward(Passes passes,
     p.out = grad_x.mutable_data_ptr();
     if (mask) p.grad_residual = grad_residual.mutable_data_ptr();
   }
-  if (p.channels > 0) Backend::backward(p, passes, call.x);
+  const bool has_weights = has_posterior(mode, components);
+  if (has_weights) p.posterior = call.dense(posterior);
+  const bool differentiates = has_weights && !detach_responsibility && passes != Passes::kReduce;
+  if (p.channels > 0 && differentiates) {
+    if (passes == Passes::kBoth) Backend::backward(p, Passes::kReduce, call.x);
+    const Tensor gradient = torch::stable::empty_like(posterior);
+    p.posterior_gradient = gradient.mutable_data_ptr();
+    Backend::differentiate_weights(p, call.x);
+    Backend::backward(p, Passes::kMap, call.x);
+  } else if (p.channels > 0) {
+    Backend::backward(p, passes, call.x);
+  }
   return {grad_x, grad_residual, weight_sums, bias_sums};
 }
 
@@ -179,55 +207,58 @@ struct Operators {
                          const OptionalTensor& prior, const Tensor& mean, const Tensor& var,
                          const OptionalTensor& weight, const OptionalTensor& bias, int64_t mode, bool training,
                          bool relu, double eps) {
-    return run_forward<Backend>(training ? Passes::kBoth : Passes::kMap, x, residual, groups, prior, mean, var, {},
+    return run_forward<Backend>(training ? Passes::kBoth : Passes::kMap, x, residual, groups, prior, mean, var, {}, {},
                                 weight, bias, mode, training, relu, eps);
   }
 
   static Backward backward(const Tensor& grad, const Tensor& x, const OptionalTensor& mask,
-                           const OptionalTensor& groups, const Tensor& running, const Tensor& batch,
-                           const OptionalTensor& weight, const OptionalTensor& bias, int64_t mode, bool training,
-                           bool relu, bool detach_responsibility, double eps) {
-    return run_backward<Backend>(Passes::kBoth, grad, x, mask, groups, running,
+                           const OptionalTensor& groups, const Tensor& posterior, const Tensor& running,
+                           const Tensor& batch, const OptionalTensor& weight, const OptionalTensor& bias, int64_t mode,
+                           bool training, bool relu, bool detach_responsibility, double eps) {
+    return run_backward<Backend>(Passes::kBoth, grad, x, mask, groups, posterior, running,
                                  training ? OptionalTensor(batch) : OptionalTensor(), weight, bias, {}, {}, mode, relu,
                                  detach_responsibility, eps);
   }
 
   // The four passes of training by themselves, for who merges what they reduce: statistics by merge_moments, gradients
   // by their sum.
-  static Tensor moments(const Tensor& x, const OptionalTensor& groups, const OptionalTensor& prior, const Tensor& mean,
-                        const Tensor& var, int64_t mode, double eps) {
-    return std::get<3>(
-        run_forward<Backend>(Passes::kReduce, x, {}, groups, prior, mean, var, {}, {}, {}, mode, true, false, eps));
+  static std::tuple<Tensor, Tensor> moments(const Tensor& x, const OptionalTensor& groups, const OptionalTensor& prior,
+                                            const Tensor& mean, const Tensor& var, int64_t mode, double eps) {
+    const auto [_, none, running, batch, posterior] =
+        run_forward<Backend>(Passes::kReduce, x, {}, groups, prior, mean, var, {}, {}, {}, {}, mode, true, false, eps);
+    return {batch, posterior};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> normalise(const Tensor& x, const OptionalTensor& residual,
                                                       const OptionalTensor& groups, const OptionalTensor& prior,
-                                                      const Tensor& mean, const Tensor& var, const Tensor& batch,
-                                                      const OptionalTensor& weight, const OptionalTensor& bias,
-                                                      int64_t mode, bool relu, double eps) {
-    const auto [y, mask, running, _] = run_forward<Backend>(Passes::kMap, x, residual, groups, prior, mean, var, batch,
-                                                            weight, bias, mode, true, relu, eps);
+                                                      const Tensor& mean, const Tensor& var, const Tensor& posterior,
+                                                      const Tensor& batch, const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, int64_t mode, bool relu, double eps) {
+    const auto [y, mask, running, _, none] = run_forward<Backend>(
+        Passes::kMap, x, residual, groups, prior, mean, var, posterior, batch, weight, bias, mode, true, relu, eps);
     return {y, mask, running};
   }
 
   static std::tuple<Tensor, Tensor> gradient_sums(const Tensor& grad, const Tensor& x, const OptionalTensor& mask,
-                                                  const OptionalTensor& groups, const Tensor& running,
-                                                  const Tensor& batch, const OptionalTensor& weight,
-                                                  const OptionalTensor& bias, int64_t mode, bool relu, double eps) {
-    const auto [_, none, grad_weight, grad_bias] = run_backward<Backend>(
-        Passes::kReduce, grad, x, mask, groups, running, batch, weight, bias, {}, {}, mode, relu, false, eps);
+                                                  const OptionalTensor& groups, const Tensor& posterior,
+                                                  const Tensor& running, const Tensor& batch,
+                                                  const OptionalTensor& weight, const OptionalTensor& bias,
+                                                  int64_t mode, bool relu, double eps) {
+    const auto [_, none, grad_weight, grad_bias] =
+        run_backward<Backend>(Passes::kReduce, grad, x, mask, groups, posterior, running, batch, weight, bias, {}, {},
+                              mode, relu, false, eps);
     return {grad_weight, grad_bias};
   }
 
   static std::tuple<Tensor, Tensor> input_gradient(const Tensor& grad, const Tensor& x, const OptionalTensor& mask,
-                                                   const OptionalTensor& groups, const Tensor& running,
-                                                   const Tensor& batch, const OptionalTensor& weight,
-                                                   const OptionalTensor& bias, const Tensor& grad_weight,
-                                                   const Tensor& grad_bias, int64_t mode, bool relu,
-                                                   bool detach_responsibility, double eps) {
+                                                   const OptionalTensor& groups, const Tensor& posterior,
+                                                   const Tensor& running, const Tensor& batch,
+                                                   const OptionalTensor& weight, const OptionalTensor& bias,
+                                                   const Tensor& grad_weight, const Tensor& grad_bias, int64_t mode,
+                                                   bool relu, bool detach_responsibility, double eps) {
     const auto [grad_x, grad_residual, _, none] =
-        run_backward<Backend>(Passes::kMap, grad, x, mask, groups, running, batch, weight, bias, grad_weight, grad_bias,
-                              mode, relu, detach_responsibility, eps);
+        run_backward<Backend>(Passes::kMap, grad, x, mask, groups, posterior, running, batch, weight, bias, grad_weight,
+                              grad_bias, mode, relu, detach_responsibility, eps);
     return {grad_x, grad_residual};
   }
 
@@ -249,7 +280,7 @@ struct Operators {
   }
 
   // Temporal accumulation (eqs 13-15), in place, for `points` of each channel; 0 of them change nothing.
-  static void update_running(OptionalTensor prior,  // [M, C], left alone where none is given
+  static void update_running(OptionalTensor prior,  // [M, C], in joint mode [M]; left alone where none is given
                              Tensor mean,           // [M, C]
                              Tensor var,            // [M, C]
                              const Tensor& batch,   // [3, M, C], forward's
@@ -261,7 +292,8 @@ struct Operators {
     const auto update = [&](auto zero) {
       using S = decltype(zero);
       const auto strided = [](const OptionalTensor& t) {
-        return t ? Strided<S>{static_cast<S*>(t->mutable_data_ptr()), t->stride(0), t->stride(1)} : Strided<S>{};
+        return t ? Strided<S>{static_cast<S*>(t->mutable_data_ptr()), t->stride(0), t->dim() == 1 ? 0 : t->stride(1)}
+                 : Strided<S>{};
       };
       const MoveRunning<S> move{strided(prior),
                                 strided(mean),

@@ -37,7 +37,10 @@ struct Problem {
   uint32_t* mask;         // [C N S] bits, channels_last [N S C], of where the ReLU lets gradients pass; or null
   const int64_t* groups;  // [N], Mode::kGroups alone
 
-  const void* prior;   // [M, C] running, or null for 1
+  void* posterior;           // [M, N S] the points' weights, Mode::kJoint with M > 1 alone: by weigh_points
+  void* posterior_gradient;  // [M, N S] of the log-odds, null where weights are constants: for the backward map
+
+  const void* prior;   // [M, C] running, in Mode::kJoint [M]; or null for 1
   const void* mean;    // [M, C] running
   const void* var;     // [M, C] running
   const void* weight;  // [M, C] or null for 1

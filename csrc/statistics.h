@@ -24,9 +24,12 @@ struct Component {
     static_cast<S*>(values)[kind * p.components * p.channels + i] = static_cast<S>(value);
   }
 
-  CBN_METHOD LogDensity density() const {
-    return log_density(read(p.prior, 1), read(p.mean, 0), read(p.var, 0), p.eps);
+  CBN_METHOD double prior(double otherwise) const {
+    if (!p.prior) return otherwise;
+    return static_cast<double>(static_cast<const S*>(p.prior)[p.mode == Mode::kJoint ? i / p.channels : i]);
   }
+
+  CBN_METHOD LogDensity density() const { return log_density(prior(1), read(p.mean, 0), read(p.var, 0), p.eps); }
 
   // What normalises: the batch's statistics, or in evaluation the running ones, which are constants and need no mass.
   CBN_METHOD Statistics used() const {
@@ -49,7 +52,7 @@ struct Component {
 
   // Keeps the running statistics as this call uses them; they may move before the backward pass.
   CBN_METHOD void keep_running() const {
-    write(p.running, read(p.prior, 0), 0);
+    write(p.running, prior(0), 0);
     write(p.running, read(p.mean, 0), 1);
     write(p.running, read(p.var, 0), 2);
   }
@@ -75,6 +78,18 @@ struct Component {
   }
 };
 
+// What z = x - origin is relative to in a channel once there are statistics to use: the mean of the heaviest component,
+// which lies among the points; in evaluation that of the widest one.
+template <class S>
+CBN_INLINE double used_origin(const Problem& p, int64_t channel) {
+  Statistics chosen = Component<S>{p, channel}.used();
+  for (int m = 1; m < p.components; ++m) {
+    const Statistics other = Component<S>{p, m * p.channels + channel}.used();
+    if (p.training ? other.mass > chosen.mass : other.var > chosen.var) chosen = other;
+  }
+  return chosen.mean;
+}
+
 // Keeps element i of the running statistics [M, C] where no point is mapped.
 template <class S>
 struct KeepRunning {
@@ -93,7 +108,7 @@ struct Strided {
 // Temporal accumulation (eqs 13-15) of element i of [M, C].
 template <class S>
 struct MoveRunning {
-  Strided<S> prior;  // its data null in split mode
+  Strided<S> prior;  // its data null in split mode; in joint mode [M], with a channel stride of 0
   Strided<S> mean, var;
   const S* batch;  // [3, M, C]
   int64_t size;    // M C
@@ -103,7 +118,8 @@ struct MoveRunning {
   CBN_METHOD void operator()(int64_t i) const {
     const int64_t m = i / channels, c = i % channels;
     const double mass = batch[i];
-    if (prior.data) prior(m, c) = static_cast<S>(moved(prior(m, c), mass / points, momentum));
+    if (prior.data && (c == 0 || prior.channel_stride != 0))
+      prior(m, c) = static_cast<S>(moved(prior(m, c), mass / points, momentum));
     if (mass < kMassFloor) return;
     mean(m, c) = static_cast<S>(moved(mean(m, c), batch[size + i], momentum));
     var(m, c) = static_cast<S>(moved(var(m, c), unbiased(batch[2 * size + i], mass), momentum));

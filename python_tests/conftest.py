@@ -23,7 +23,7 @@ def _seed():
 
 @pytest.fixture(params=["native", "reference"])
 def backend(request):
-    """Runs the test once with each backend that serves channel and split mode."""
+    """Runs the test once with each backend."""
     with use_backend(request.param):
         yield request.param
 
@@ -34,9 +34,3 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-@pytest.fixture(params=["native", "reference"])
-def backend_of(request):
-    """The same for tests that also run joint mode, which the native operator does not serve."""
-    return lambda responsibility: use_backend(request.param if responsibility == "channel" else "auto")

@@ -18,6 +18,8 @@ constexpr bool maps(Pass pass) { return pass == Pass::kNormalise || pass == Pass
 constexpr int64_t kSmallMap = 1024;
 constexpr int64_t kImagesAhead = 4;
 
+CBN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Where a vector lies: `count` elements from `offset` on; the first of them is of `point` among the N S points.
 struct Place {
   int64_t offset, count, point;
@@ -37,12 +39,10 @@ struct Block {
 
   Block(const Work& work, int64_t block, Pass pass)
       : work(work), pass(pass), first_channel(work.channels_last ? block * kLanes : block) {
-    const int64_t left = work.channels - first_channel;
-    channels = !work.channels_last ? 1 : left < kLanes ? static_cast<int>(left) : kLanes;
+    channels = work.channels_last ? static_cast<int>(least(work.channels - first_channel, kLanes)) : 1;
   }
 
   const Memory* x() const { return static_cast<const Memory*>(work.x); }
-  const Memory* grad() const { return static_cast<const Memory*>(work.grad); }
   Memory* out() const { return static_cast<Memory*>(work.out); }
 
   // Calls visit(place) for all elements of the images [begin, end), a vector at a time.
@@ -69,7 +69,7 @@ struct Block {
     constexpr int64_t kLine = 64 / sizeof(Memory);
     for (int64_t at = offset; at < offset + work.spatial; at += kLine) {
       __builtin_prefetch(x() + at);
-      if (work.grad) __builtin_prefetch(grad() + at);
+      if (work.grad) __builtin_prefetch(static_cast<const Memory*>(work.grad) + at);
       if (maps(pass)) __builtin_prefetch(out() + at, 1);
     }
   }
@@ -86,17 +86,10 @@ struct Block {
     return median(values);
   }
 
-  // What z = x - origin is relative to in channel j, where all components share it: once there are batch statistics,
-  // the mean of the heaviest component, which lies among the points too; in evaluation that of the widest one. A value
-  // of S: x - origin is then what the coefficients are made for.
+  // What z = x - origin is relative to in channel j, where all components share it; the median before there are
+  // statistics of the batch. A value of S: x - origin is then what the coefficients are made for.
   double origin(int j) const {
-    if (pass == Pass::kMoments) return sampled_origin(0, j);
-    Statistics chosen = component(0, j).used();
-    for (int m = 1; m < work.components; ++m) {
-      const Statistics other = component(m, j).used();
-      if (work.training ? other.mass > chosen.mass : other.var > chosen.var) chosen = other;
-    }
-    return chosen.mean;
+    return pass == Pass::kMoments ? sampled_origin(0, j) : used_origin<S>(work, first_channel + j);
   }
 
   // What channel j brings: into its lane, or, where it is the whole block, into all lanes.
@@ -112,6 +105,16 @@ struct Block {
     for (int i = 0; i < Rows<V, M>::kRows; ++i) put(to.row(i)[k], j, *from.row(i));
   }
 };
+
+// The gradient that the ReLU lets pass: by the mask, or, where there was no residual, by the sign of the output again,
+// for which the weights need no factor.
+template <bool kFused, class E, class Coefficients, class V, int M>
+CBN_INLINE V passed_gradient(const Work& work, const Coefficients& in, const V (&e)[M], V z, const Place& place) {
+  const V g = load<E>(static_cast<const typename E::Memory*>(work.grad) + place.offset, place.count);
+  if (!kFused) return g;
+  if (work.mask) return Math<V>::where_set(get_bits(work.mask, place.offset, place.count), g);
+  return combine(in, e, z) <= 0 ? V{} : g;
+}
 
 }  // namespace
 }  // namespace cbn

@@ -12,6 +12,8 @@ namespace {
 
 // Elements a task should have: with fewer, threads cost more than they bring.
 constexpr int64_t kTaskElements = 1 << 15;
+// Elements that a channel's coefficients cost as much as.
+constexpr int64_t kTableElements = 1 << 9;
 // Splits of one block's images at most. They depend on shapes alone, so that sums are the same for any number of
 // threads.
 constexpr int64_t kMostSplits = 64;
@@ -71,6 +73,58 @@ void sample(Work& work) {
       work.sampled[m][k] = element(n, sampled_point(k, points[m]) - passed[m]);
     passed[m] += S;
   }
+}
+
+// Fills the table of channels with origins and what make(component, origin) gives, rows of one, and keeps it alive.
+template <class S, class Make>
+std::vector<S> put_channels_table(Work& work, int lanes, const Make& make) {
+  using Rows = decltype(make(Component<S>{work, 0}, 0.0));
+  work.width = (work.channels + lanes - 1) / lanes * lanes;
+  std::vector<S> table((1 + Rows::kRows * work.components) * work.width);
+  parallel(work.channels, kTableElements, [&](int64_t c) {
+    const S origin = static_cast<S>(used_origin<S>(work, c));
+    table[c] = origin;
+    for (int m = 0; m < work.components; ++m) {
+      Rows rows = make(Component<S>{work, m * work.channels + c}, static_cast<double>(origin));
+      for (int i = 0; i < Rows::kRows; ++i)
+        table[(1 + i * work.components + m) * work.width + c] = static_cast<S>(*rows.row(i));
+    }
+  });
+  work.channels_table = table.data();
+  return table;
+}
+
+// Calls task for all points, so many at a time that threads bring something.
+void for_all_points(const Work& work, PointTask task) {
+  const int64_t elements = work.spatial * work.channels;
+  const int64_t grain = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, elements));
+  torch::stable::parallel_for(0, work.images, grain, [&](int64_t begin, int64_t end) { task(work, begin, end); });
+}
+
+template <class S>
+void weigh_points(const Problem& p) {
+  Work work = work_of(p);
+  const Tasks tasks = tasks_for(work);
+  const auto component = [&](int m, int64_t c) { return Component<S>{work, m * work.channels + c}; };
+  for (int m = 0; m < work.components; ++m) work.height[m] = log_prior(component(m, 0).prior(1));
+  work.prior = nullptr;  // it counts once, not for every channel
+  for (int m = 0; m < work.components; ++m)
+    for (int64_t c = 0; c < work.channels; ++c) work.height[m] += component(m, c).density().peak;
+  work.training = false;  // the batch has no statistics yet: the origin is a running mean
+  const auto table = put_channels_table<S>(
+      work, tasks.lanes, [](const Component<S>& of, double origin) { return distance(of.density(), origin); });
+  for_all_points(work, tasks.weigh_points);
+}
+
+template <class S>
+void differentiate_weights(const Problem& p) {
+  Work work = work_of(p);
+  const Tasks tasks = tasks_for(work);
+  const auto table = put_channels_table<S>(work, tasks.lanes, [](const Component<S>& component, double origin) {
+    return component.input_gradient(component.used(), origin, component.read(component.p.grad_weight, 0),
+                                    component.read(component.p.grad_bias, 0));
+  });
+  for_all_points(work, tasks.differentiate_weights);
 }
 
 template <int kRows>
@@ -176,6 +230,12 @@ struct Cpu {
   }
   static void backward(const Problem& p, Passes passes, const Tensor&) {
     p.is_wide() ? run_backward<double>(p, passes) : run_backward<float>(p, passes);
+  }
+  static void weigh_points(const Problem& p, const Tensor&) {
+    p.is_wide() ? cbn::weigh_points<double>(p) : cbn::weigh_points<float>(p);
+  }
+  static void differentiate_weights(const Problem& p, const Tensor&) {
+    p.is_wide() ? cbn::differentiate_weights<double>(p) : cbn::differentiate_weights<float>(p);
   }
   static bool writes_all_of_mask(const Problem&) { return false; }
   template <class F>

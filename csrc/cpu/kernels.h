@@ -3,7 +3,7 @@
 // several instruction sets.
 #pragma once
 
-#include "posterior.h"
+#include "joint.h"
 
 namespace cbn {
 namespace {
@@ -89,17 +89,6 @@ class LongSums {
   }
 };
 
-// The gradient that the ReLU lets pass: by the mask, or, where there was no residual, by the sign of the output again,
-// for which the weights need no factor.
-template <bool kFused, class E, class V, int M>
-CBN_INLINE V passed_gradient(const Block<E>& block, const Branches<V, M>& in, const V (&e)[M], V z,
-                             const Place& place) {
-  const V g = load<E>(block.grad() + place.offset, place.count);
-  if (!kFused) return g;
-  if (block.work.mask) return Math<V>::where_set(get_bits(block.work.mask, place.offset, place.count), g);
-  return combine(in, e, z) <= 0 ? V{} : g;
-}
-
 // Calls add(sums, mixture, e, factor, z, place) for all vectors of a block's images [begin, end).
 template <template <class, int> class Sums, class Posterior, class E, class Add>
 CBN_INLINE void reduce(const Block<E>& block, const Posterior& posterior, int64_t begin, int64_t end, double* out,
@@ -144,16 +133,18 @@ void moments(const Work& work, int64_t index, int64_t begin, int64_t end, double
 
 template <class Posterior, bool kFused>
 void gradient_sums(const Work& work, int64_t index, int64_t begin, int64_t end, double* sums) {
+  using E = typename Posterior::E;
   using V = typename Posterior::V;
-  const Block<typename Posterior::E> block(work, index, Pass::kGradientSums);
+  const Block<E> block(work, index, Pass::kGradientSums);
   const Posterior posterior(block);
   const Coefficients<Posterior> coefficients(block, posterior);
-  reduce<GradientSums>(
-      block, posterior, begin, end, sums,
-      [&](auto& current, int mixture, const auto& e, V factor, V z, const Place& place) __attribute__((always_inline)) {
-        // The gradient is 0 beyond `count`, and so is what is added there.
-        accumulate(current, e, factor, z, passed_gradient<kFused>(block, coefficients.branches[mixture], e, z, place));
-      });
+  reduce<GradientSums>(block, posterior, begin, end, sums,
+                       [&](auto& current, int mixture, const auto& e, V factor, V z, const Place& place)
+                           __attribute__((always_inline)) {
+                             // The gradient is 0 beyond `count`, and so is what is added there.
+                             accumulate(current, e, factor, z,
+                                        passed_gradient<kFused, E>(work, coefficients.branches[mixture], e, z, place));
+                           });
 }
 
 template <class Posterior, bool kFused>
@@ -203,11 +194,11 @@ void input_gradient(const Work& work, int64_t index, int64_t begin, int64_t end)
       const V factor = weigh(z, place, p);
       CBN_UNROLL
       for (V& weight : p) weight = weight * factor;
-      const V g = passed_gradient<kFused>(block, branches, p, z, place);
+      const V g = passed_gradient<kFused, E>(work, branches, p, z, place);
       if (kFused && grad_residual) store<E>(grad_residual + place.offset, place.count, g);
       V dx = direct_gradient(gradients, p, z, g, f);
       if constexpr (!Posterior::kConstant) {
-        if (!detach) dx = dx + weigh.covariance(p, z, f);
+        if (!detach) dx = dx + weigh.covariance(p, z, f, place);
       }
       store<E>(block.out() + place.offset, place.count, dx);
     });
@@ -216,14 +207,34 @@ void input_gradient(const Work& work, int64_t index, int64_t begin, int64_t end)
 
 template <class Posterior, bool kFused>
 Tasks make_tasks() {
-  return {Block<typename Posterior::E>::kLanes, moments<Posterior>, normalise<Posterior, kFused>,
-          gradient_sums<Posterior, kFused>, input_gradient<Posterior, kFused>};
+  return {Block<typename Posterior::E>::kLanes,
+          moments<Posterior>,
+          normalise<Posterior, kFused>,
+          gradient_sums<Posterior, kFused>,
+          input_gradient<Posterior, kFused>,
+          nullptr,
+          nullptr};
+}
+
+template <class E, int M, bool kFused>
+Tasks make_joint_tasks() {
+  Tasks tasks = make_tasks<GivenPosterior<E, M>, kFused>();
+  tasks.weigh_points = weigh_points<E, M>;
+  tasks.differentiate_weights = differentiate_weights<E, M, kFused>;
+  return tasks;
 }
 
 // M is compiled for these; the components in between are padded by ones without responsibility.
 template <class E, bool kFused>
 Tasks tasks_of(const Problem& p) {
   if (p.mode == Mode::kGroups) return make_tasks<GroupPosterior<E>, kFused>();
+  if (p.mode == Mode::kJoint && p.components > 1) {
+    // float64 is for checks.
+    constexpr bool kMany = std::is_same_v<E, Double>;
+    if (p.components <= 4 && !kMany) return make_joint_tasks<E, kMany ? kMaxComponents : 4, kFused>();
+    if (p.components <= 8 && !kMany) return make_joint_tasks<E, kMany ? kMaxComponents : 8, kFused>();
+    return make_joint_tasks<E, kMaxComponents, kFused>();
+  }
   if (p.components == 1) return make_tasks<ChannelPosterior<E, 1>, kFused>();
   if (p.components == 2) return make_tasks<ChannelPosterior<E, 2>, kFused>();
   if (p.components <= 4) return make_tasks<ChannelPosterior<E, 4>, kFused>();

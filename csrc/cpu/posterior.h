@@ -8,7 +8,7 @@
 //   visit(begin, end, f)         f(weigh, mixture, first, last) for parts [first, last) of the images [begin, end)
 // where
 //   weigh(z, place, e)           gives the weights as e times the factor that it returns
-//   weigh.covariance(p, z, f)    is what the weights' own derivative adds to the gradient; absent where kConstant
+//   weigh.covariance(p, z, f, place)  is what the weights' own derivative adds to the gradient; absent where kConstant
 #pragma once
 
 #include "block.h"
@@ -54,7 +54,7 @@ class ChannelPosterior {
   struct Weigh {
     const LogOdds<V, M>& odds;
     CBN_METHOD V operator()(V z, const Place&, V (&e)[M]) const { return responsibilities<kBounded>(odds, z, e); }
-    CBN_METHOD V covariance(const V (&p)[M], V z, const V (&f)[M]) const {
+    CBN_METHOD V covariance(const V (&p)[M], V z, const V (&f)[M], const Place&) const {
       return cbn::covariance<kBounded>(odds, p, z, f);
     }
   };
@@ -84,6 +84,70 @@ class ChannelPosterior {
       block.put(odds, k, j, of);
     }
     return all_bounded;
+  }
+};
+
+// Joint mode: the points' weights are read, [M, N S], and so is the gradient of their log-odds.
+template <class Elements, int M>
+class GivenPosterior {
+ public:
+  using E = Elements;
+  using V = Vec<typename E::Scalar>;
+  static constexpr int kMixtures = 1, kWeights = M;
+  static constexpr bool kConstant = false;
+
+  V origin[1] = {};
+
+  __attribute__((noinline)) explicit GivenPosterior(const Block<E>& block)
+      : components(block.work.components), channels_last(block.work.channels_last) {
+    const auto rows_of = [&](const void* of, const S*(&rows)[M]) {
+      // Those that pad the components to M have no coefficients: any weight does.
+      for (int m = 0; m < M && of; ++m)
+        rows[m] = static_cast<const S*>(of) + (m < components ? m : 0) * block.work.points();
+    };
+    rows_of(block.work.posterior, weights_of);
+    rows_of(block.work.posterior_gradient, gradient_of);
+    for (int j = 0; j < block.channels; ++j) {
+      block.put(origin[0], j, block.origin(j));
+      const double at = static_cast<double>(origin[0][j]);
+      for (int m = 0; m < components && block.pass == Pass::kInputGradient; ++m)
+        block.put(densities, m, j, parabola(block.component(m, j).density(), at));
+    }
+  }
+
+  int mixtures() const { return 1; }
+  int weights() const { return components; }
+  int component(int, int k, int) const { return k; }
+
+  template <class F>
+  CBN_METHOD void visit(int64_t begin, int64_t end, F f) const {
+    f(*this, 0, begin, end);
+  }
+
+  CBN_METHOD V operator()(V, const Place& place, V (&e)[M]) const {
+    CBN_UNROLL
+    for (int m = 0; m < M; ++m) e[m] = at(weights_of[m], place);
+    return Math<V>::splat(1);
+  }
+  CBN_METHOD V covariance(const V (&)[M], V z, const V (&)[M], const Place& place) const {
+    V q[M];
+    CBN_UNROLL
+    for (int m = 0; m < M; ++m) q[m] = at(gradient_of[m], place);
+    return joint_covariance(densities, q, z);
+  }
+
+ private:
+  using S = typename E::Scalar;
+  const int components;
+  const bool channels_last;
+  const S* weights_of[M];   // [N S] each
+  const S* gradient_of[M];  // likewise
+  LogOdds<V, M> densities{};
+
+  // Numbers of a vector's points; in channels_last of its one point.
+  CBN_METHOD V at(const S* row, const Place& place) const {
+    if (channels_last) return V{} + row[place.point];
+    return load<Statistic<S>>(row + place.point, place.count);
   }
 };
 

@@ -86,6 +86,16 @@ struct VectorMath {
 #endif
   }
 
+  // The sum of the lanes, by halves.
+  CBN_INLINE S sum(V x) {
+    CBN_UNROLL
+    for (int half = kLanes / 2; half >= 1; half /= 2) {
+      CBN_UNROLL
+      for (int l = 0; l < half; ++l) x[l] += x[l + half];
+    }
+    return x[0];
+  }
+
   // Lane l of x where its bit is set, else 0.
   CBN_INLINE V where_set(uint32_t bits, V x) {
     return (lane_bits() & static_cast<typename Exp2<S>::Int>(bits)) != 0 ? x : V{};
@@ -148,6 +158,8 @@ using Float = Elements<Element::kFloat>;
 using Double = Elements<Element::kDouble>;
 using Half = Elements<Element::kHalf>;
 using BFloat16 = Elements<Element::kBFloat16>;
+template <class S>
+using Statistic = std::conditional_t<std::is_same_v<S, double>, Double, Float>;
 
 using Floats = Vec<float>;
 using Ints = Vec<int32_t>;

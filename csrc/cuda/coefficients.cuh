@@ -86,24 +86,15 @@ __device__ double sampled_origin(const Arguments& a, int64_t channel) {
   return median(values);
 }
 
-// What z = x - origin of a channel of the block is relative to: the median before there are batch statistics, then the
-// mean of the heaviest component, which lies among the points too; in evaluation the mean of component `first`. A value
-// of S: x - origin is then what the coefficients are made for.
+// What z = x - origin of a channel of the block is relative to; the median before there are statistics of the batch. A
+// value of S: x - origin is then what the coefficients are made for.
 template <class C, Pass pass>
-__device__ double origin_of(const Block<C>& block, int j, int first) {
+__device__ double origin_of(const Block<C>& block, int j) {
   using S = typename C::S;
-  const Arguments& a = block.a;
   const int64_t channel = block.first_channel + j;
-  if (channel >= a.channels) return 0;
-  if (pass == Pass::kMoments) return static_cast<double>(static_cast<S>(sampled_origin<C>(a, channel)));
-  const auto statistics = [&](int m) { return Component<S>{a, m * a.channels + channel}.used(); };
-  int centre = first;
-  if (a.training) {
-    centre = 0;
-    for (int m = 1; m < a.components; ++m)
-      if (statistics(m).mass > statistics(centre).mass) centre = m;
-  }
-  return statistics(centre).mean;
+  if (channel >= block.a.channels) return 0;
+  if (pass == Pass::kMoments) return static_cast<double>(static_cast<S>(sampled_origin<C>(block.a, channel)));
+  return used_origin<S>(block.a, channel);
 }
 
 // Coefficients of each of the thread's channels, a struct of rows, from shared memory's from a row on.

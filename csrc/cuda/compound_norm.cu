@@ -138,6 +138,11 @@ struct Cuda {
     if (passes != Passes::kMap) work.finish<false>();
   }
 
+  static void weigh_points(const Problem&, const Tensor&) {
+    STD_TORCH_CHECK(false, "expected mode 0 (channel) or 1 (groups) on CUDA, got 2 (joint)");
+  }
+  static void differentiate_weights(const Problem& p, const Tensor& x) { weigh_points(p, x); }
+
   // What fills up the last word is zero as well: the same input gives the same mask.
   static bool writes_all_of_mask(const Problem& p) { return has_mask_in_bytes(p) && p.points() * p.channels % 32 == 0; }
 

@@ -41,7 +41,7 @@ struct ChannelPosterior {
         for (int m = 1; m < block.a.components; ++m)
           if (shared.density[m * K + j] < shared.density[widest * K + j]) widest = m;
       shared.first[j] = widest;
-      shared.origin[j] = origin_of<C, pass>(block, j, widest);
+      shared.origin[j] = origin_of<C, pass>(block, j);
     }
     __syncthreads();
 
@@ -92,7 +92,7 @@ struct GroupPosterior {
 
   template <Pass pass, class C>
   static __device__ __forceinline__ bool prepare(const Block<C>& block, const Shared<C>& shared) {
-    for (int j = threadIdx.x; j < shared.K; j += blockDim.x) shared.origin[j] = origin_of<C, pass>(block, j, 0);
+    for (int j = threadIdx.x; j < shared.K; j += blockDim.x) shared.origin[j] = origin_of<C, pass>(block, j);
     for_each_place(block, shared, [](int, int, bool) {});
     __syncthreads();
     return false;

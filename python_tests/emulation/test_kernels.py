@@ -9,7 +9,7 @@ import torch
 
 from python_tests.emulation.build import CSRC, build, run_python
 from python_tests.emulation.table import failures, run_table
-from python_tests.support.cases import NATIVE_CASES, Case
+from python_tests.support.cases import CUDA_CASES, Case
 
 # Multiprocessors, bytes of shared memory of a block, the largest cluster that can run; and the planner's limit.
 DEVICES = {
@@ -30,7 +30,7 @@ INSTANCES = [
 ]
 # More splits of a stream than a warp has threads to merge them.
 MANY_SPLITS = Case((9, 1, 128, 128), 2)
-CASES = [*NATIVE_CASES, *INSTANCES, Case((13, 1, 31, 33)), Case((13, 1, 31, 33), layout="channels_last"), MANY_SPLITS]
+CASES = [*CUDA_CASES, *INSTANCES, Case((13, 1, 31, 33)), Case((13, 1, 31, 33), layout="channels_last"), MANY_SPLITS]
 
 
 @functools.cache
@@ -55,7 +55,7 @@ def test_matches_the_oracle(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_same_bits_in_any_order_of_threads_and_blocks(device):
-    first = table(device).results[len(NATIVE_CASES) :]
+    first = table(device).results[len(CUDA_CASES) :]
     again = instances_in_another_order(device)
     assert not again.process_error
     for case, one, other in zip(INSTANCES, first, again.results, strict=False):
@@ -111,14 +111,14 @@ for dtype in (torch.float32, torch.float64):
             parts = [slice(0, 2), slice(2, 2), slice(2, 5)]
             of = [None if groups is None else groups[part] for part in parts]
             moments = [ops.moments(x[part], group, prior, mean, var, mode, 1e-5) for part, group in zip(parts, of)]
-            batch = ops.merge_moments(torch.stack(moments))
+            batch = ops.merge_moments(torch.stack([of_part for of_part, _ in moments]))
             torch.testing.assert_close(batch, fused[3], rtol=1e-4, atol=1e-5)
             y, mask, running = ops.normalise(
-                x, residual, groups, prior, mean, var, fused[3], weight, bias, mode, True, 1e-5
+                x, residual, groups, prior, mean, var, fused[4], fused[3], weight, bias, mode, True, 1e-5
             )
             for one, other in zip((y, mask, running), fused):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-            saved = (grad, x, mask, groups, running, batch, weight, bias)
+            saved = (grad, x, mask, groups, fused[4], running, batch, weight, bias)
             grads = ops.backward(*saved, mode, True, True, False, 1e-5)
             sums = ops.gradient_sums(*saved, mode, True, 1e-5)
             mapped = ops.input_gradient(*saved, *sums, mode, True, False, 1e-5)
@@ -200,7 +200,7 @@ def test_either_number_of_chunks_ahead_gives_the_same_bits(layout, ahead):
     cases = [
         case for case in INSTANCES if case.dtype != torch.float64 and case.layout == layout and case.components == 4
     ]
-    usual = table("streaming").results[len(NATIVE_CASES) :]
+    usual = table("streaming").results[len(CUDA_CASES) :]
     usual = [result for case, result in zip(INSTANCES, usual, strict=False) if case in cases]
     again = run_table(library(), cases, {**DEVICES["streaming"], "CBN_CUDA_AHEAD": ahead})
     assert not again.process_error
@@ -227,10 +227,10 @@ for layout in (torch.contiguous_format, torch.channels_last):
     for shape in ((0, 3, 4, 4), (2, 3, 0, 4), (2, 0, 4, 4)):
         x = torch.empty(shape).to(memory_format=layout).requires_grad_()
         running = [torch.full((4, shape[1]), value) for value in (0.25, 1.0, 2.0)]
-        y, mask, used, batch = torch.ops.cbn_ext.forward(x, x, None, *running, None, None, 0, True, True, 1e-5)
+        y, mask, used, batch, given = torch.ops.cbn_ext.forward(x, x, None, *running, None, None, 0, True, True, 1e-5)
         assert y.shape == shape and torch.equal(used, torch.stack(running))
         assert (batch[0] == 0).all() and torch.equal(batch[1:], used[1:])
-        grads = torch.ops.cbn_ext.backward(y, x, mask, None, used, batch, None, None, 0, True, True, False, 1e-5)
+        grads = torch.ops.cbn_ext.backward(y, x, mask, None, given, used, batch, None, None, 0, True, True, False, 1e-5)
         assert grads[0].shape == grads[1].shape == shape
         assert (grads[2] == 0).all() and (grads[3] == 0).all()
         torch.ops.cbn_ext.update_running(*running, batch, 0, 0.1)

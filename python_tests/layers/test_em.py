@@ -13,7 +13,7 @@ from python_tests.support import oracle
 from python_tests.support.cases import Case
 
 EPS = 1e-3  # large enough that an epsilon in the wrong place shows
-MODES = [("native", "channel"), ("reference", "channel"), ("reference", "joint")]
+MODES = [(backend, mode) for backend in ("native", "reference") for mode in ("channel", "joint")]
 
 
 def sklearn_step(points, prior, mean, var):

@@ -69,7 +69,7 @@ def test_layers_are_the_plain_ones_with_an_activation(layer, plain):
 @responsibilities
 @activations
 @residuals
-def test_layer_is_the_composition(backend_of, dims, responsibility, activation, residual):
+def test_layer_is_the_composition(backend, dims, responsibility, activation, residual):
     """act(cbn(x) + residual), its gradients and the running statistics, over two steps and in evaluation."""
     shape = (6, 5, *[4] * dims)
     torch.manual_seed(0)
@@ -77,21 +77,20 @@ def test_layer_is_the_composition(backend_of, dims, responsibility, activation, 
     fused = LAYERS[max(dims - 1, 0)](5, activation=activation, **options)
     plain = PLAIN[max(dims - 1, 0)](5, **options)
     plain.load_state_dict(fused.state_dict())
-    with backend_of(responsibility):
-        for training in (True, True, False):
-            tensors = [1 + 2 * torch.randn(shape, dtype=torch.float64) for _ in range(2)]
-            ours, theirs = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
-            y = fused.train(training)(ours[0], *ours[1:] if residual else ())
-            before = plain.train(training)(theirs[0])
-            before = before + theirs[1] if residual else before
-            expected = before.relu() if activation == "relu" else before
-            assert before.abs().min() > 1e-9  # no element is at the kink
-            torch.testing.assert_close(y, expected)
-            grad = torch.randn_like(y)
-            y.backward(grad)
-            expected.backward(grad)
-            for mine, others in zip(ours[: 1 + residual], theirs, strict=False):
-                torch.testing.assert_close(mine.grad, others.grad)
+    for training in (True, True, False):
+        tensors = [1 + 2 * torch.randn(shape, dtype=torch.float64) for _ in range(2)]
+        ours, theirs = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
+        y = fused.train(training)(ours[0], *ours[1:] if residual else ())
+        before = plain.train(training)(theirs[0])
+        before = before + theirs[1] if residual else before
+        expected = before.relu() if activation == "relu" else before
+        assert before.abs().min() > 1e-9  # no element is at the kink
+        torch.testing.assert_close(y, expected)
+        grad = torch.randn_like(y)
+        y.backward(grad)
+        expected.backward(grad)
+        for mine, others in zip(ours[: 1 + residual], theirs, strict=False):
+            torch.testing.assert_close(mine.grad, others.grad)
     for mine, others in zip(fused.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, others.grad)
     for mine, others in zip(fused.buffers(), plain.buffers(), strict=True):
@@ -223,7 +222,7 @@ def test_gradient_at_the_kink_is_zero(backend, path, residual):
 @responsibilities
 @residuals
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_nan_passes_the_relu(backend_of, responsibility, residual, dtype):
+def test_nan_passes_the_relu(backend, responsibility, residual, dtype):
     """A NaN of the input or the residual is seen in the output, and its gradient in the gradients, as with F.relu."""
     state = torch.float64 if dtype == torch.float64 else None
     layer = CompoundBatchNormAct2d(3, responsibility=responsibility, dtype=state).eval()
@@ -233,11 +232,10 @@ def test_nan_passes_the_relu(backend_of, responsibility, residual, dtype):
     tensors[0, 0, 1, 2, 3] = torch.nan
     tensors[1, 1, 2, 3, 4] = torch.nan
     ours, theirs = ([t.clone().requires_grad_() for t in tensors[:2]] for _ in range(2))
-    with backend_of(responsibility):
-        y = layer(ours[0], ours[1] if residual else None)
-        expected = F.relu(plain(theirs[0]) + (theirs[1] if residual else 0))
-        y.backward(tensors[2])
-        expected.backward(tensors[2])
+    y = layer(ours[0], ours[1] if residual else None)
+    expected = F.relu(plain(theirs[0]) + (theirs[1] if residual else 0))
+    y.backward(tensors[2])
+    expected.backward(tensors[2])
     assert y.isnan().any() and torch.equal(y.isnan(), expected.isnan())
     for mine, others in zip(ours, theirs, strict=True):
         if mine.grad is not None:
@@ -263,8 +261,8 @@ def test_nan_spreads_in_training_as_it_does_without(backend):
 @activations
 @residuals
 @paths
-def test_saved_for_backward(backend_of, dtype, layout, responsibility, activation, residual, path):
-    """x and, for a ReLU of a sum, one bit per element; neither the residual nor any output."""
+def test_saved_for_backward(backend, dtype, layout, responsibility, activation, residual, path):
+    """x, for a ReLU of a sum one bit per element, in joint mode M numbers a point; neither the residual nor an output."""
     x, added = (with_layout(torch.randn(16, 12, 15, 15).to(dtype), layout).requires_grad_() for _ in range(2))
     layer = CompoundBatchNormAct2d(12, responsibility=responsibility, activation=activation)
     layer.train(path != "evaluation")
@@ -275,7 +273,7 @@ def test_saved_for_backward(backend_of, dtype, layout, responsibility, activatio
         saved.append(tensor)
         return tensor
 
-    with backend_of(responsibility), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with split_path(groups) if path == "split" else torch.enable_grad():
             y = layer(x, added if residual else None)
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
@@ -285,7 +283,9 @@ def test_saved_for_backward(backend_of, dtype, layout, responsibility, activatio
         # Weight, bias, and mass or prior, mean and variance of the batch and of the mixture: a handful of (M, C).
         rest = 8 * layer.weight.numel() * 4 + groups.nbytes
         words = (x.numel() + 31) // 32 * 4 if residual and activation == "relu" else 0
-        assert sum(storages.values()) <= words + rest
+        joint = responsibility == "joint" and path != "split"
+        posterior = layer.num_components * x.numel() // x.shape[1] * 4 if joint else 0
+        assert sum(storages.values()) <= words + posterior + rest
         y.sum().backward()
 
 

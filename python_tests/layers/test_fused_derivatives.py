@@ -26,6 +26,8 @@ passes = pytest.mark.parametrize(
         ("native", "channel", True),
         ("native", "channel", False),
         ("native", "split", True),
+        ("native", "joint", True),
+        ("native", "joint", False),
         ("reference", "channel", True),
         ("reference", "channel", False),
         ("reference", "joint", True),
@@ -171,6 +173,7 @@ def fresh_compiler():
         ("native", "channel", True, False),
         ("native", "channel", True, True),
         ("native", "channel", False, True),
+        ("native", "joint", True, True),
         ("reference", "channel", True, True),
         ("reference", "joint", True, False),
     ],
@@ -195,11 +198,10 @@ def test_compile_without_graph_breaks(fresh_compiler, backend_name, responsibili
 
 
 @pytest.mark.parametrize("responsibility", ["channel", "joint"])
-def test_export_of_evaluation(backend_of, responsibility):
+def test_export_of_evaluation(backend, responsibility):
     block = Block(responsibility=responsibility).eval()
     batch = torch.export.Dim("batch", min=2)
-    with backend_of(responsibility):
-        program = torch.export.export(block, (torch.randn(4, 8, 5, 5),), dynamic_shapes={"x": {0: batch}})
-        for size in (2, 7):
-            x = torch.randn(size, 8, 5, 5)
-            torch.testing.assert_close(program.module()(x), block(x))
+    program = torch.export.export(block, (torch.randn(4, 8, 5, 5),), dynamic_shapes={"x": {0: batch}})
+    for size in (2, 7):
+        x = torch.randn(size, 8, 5, 5)
+        torch.testing.assert_close(program.module()(x), block(x))

@@ -16,6 +16,7 @@ CHECKS = (gradcheck, gradgradcheck)
 MODES = [
     ("native", "channel"),
     ("native", "split"),
+    ("native", "joint"),
     ("reference", "channel"),
     ("reference", "joint"),
     ("reference", "split"),

@@ -134,12 +134,11 @@ def test_start_order_is_each_channels_own_and_repeatable():
 
 
 @modes
-def test_preserving_start_leaves_standardised_inputs_alone(backend_of, responsibility):
+def test_preserving_start_leaves_standardised_inputs_alone(backend, responsibility):
     """With the running statistics every branch agrees: y = x but for epsilon, whatever the responsibilities."""
-    with backend_of(responsibility):
-        layer = CompoundBatchNorm2d(6, 4, responsibility=responsibility, affine_init="preserve", dtype=torch.float64)
-        x = 3 * torch.randn(4, 6, 5, 5, dtype=torch.float64)
-        y = layer.eval()(x)
+    layer = CompoundBatchNorm2d(6, 4, responsibility=responsibility, affine_init="preserve", dtype=torch.float64)
+    x = 3 * torch.randn(4, 6, 5, 5, dtype=torch.float64)
+    y = layer.eval()(x)
     # A branch is x - mean times sqrt(var/(var + eps)) plus mean.
     allowed = (x.abs().max() + layer.running_mean.abs().max()) * layer.eps / layer.running_var.min()
     assert (y - x).abs().max() < allowed
@@ -168,24 +167,22 @@ def test_reset(responsibility):
 
 
 @modes
-def test_evaluation_changes_nothing(backend_of, responsibility):
-    with backend_of(responsibility):
-        layer = trained(responsibility=responsibility).eval()
-        before = copy.deepcopy(layer.state_dict())
-        x = torch.randn(4, 5, 6, 6)
-        assert torch.equal(layer(x), layer(x))
-        torch.testing.assert_close(layer(x)[:1], layer(x[:1]))
+def test_evaluation_changes_nothing(backend, responsibility):
+    layer = trained(responsibility=responsibility).eval()
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.randn(4, 5, 6, 6)
+    assert torch.equal(layer(x), layer(x))
+    torch.testing.assert_close(layer(x)[:1], layer(x[:1]))
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
 
 
 @modes
-def test_cumulative_average(backend_of, responsibility):
+def test_cumulative_average(backend, responsibility):
     """momentum=None weighs all batches alike: the running mean is the mean of the batches' means."""
-    with backend_of(responsibility):
-        layer = CompoundBatchNorm2d(3, 1, momentum=None, responsibility=responsibility, dtype=torch.float64)
-        batches = torch.randn(5, 4, 3, 6, 6, dtype=torch.float64)
-        for batch in batches:
-            layer(batch)
+    layer = CompoundBatchNorm2d(3, 1, momentum=None, responsibility=responsibility, dtype=torch.float64)
+    batches = torch.randn(5, 4, 3, 6, 6, dtype=torch.float64)
+    for batch in batches:
+        layer(batch)
     torch.testing.assert_close(layer.running_mean[0], batches.mean((0, 1, 3, 4)), rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(
         layer.running_var[0], batches.movedim(2, 1).flatten(2).var(2).mean(0), rtol=1e-12, atol=1e-13

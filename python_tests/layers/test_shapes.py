@@ -52,7 +52,7 @@ def check(case, backend):
     assert_results(run(case, backend), expected(case), case, amplification=amplification)
 
 
-@given(case=any_case(["channel", "split"]))
+@given(case=any_case(["channel", "joint", "split"]))
 def test_native(case):
     check(case, "native")
 
@@ -68,7 +68,7 @@ def test_reference(case):
     channels=st.integers(1, 5),
     spatial=spatial_sizes(least=0),
     components=st.integers(1, 5),
-    mode=st.sampled_from(["channel", "split"]),
+    mode=st.sampled_from(["channel", "joint", "split"]),
     training=st.booleans(),
     layout=layouts,
     dtype=dtypes,

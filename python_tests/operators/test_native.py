@@ -12,9 +12,9 @@ import cbn_ext
 from cbn_ext import compound_batch_norm
 from python_tests.support import ROOT, cases, oracle
 from python_tests.support.cases import (
+    CASES,
     EPS,
     MOMENTUM,
-    NATIVE_CASES,
     Case,
     assert_results,
     backward_arguments,
@@ -33,12 +33,12 @@ def _native():
         yield
 
 
-@pytest.mark.parametrize("case", NATIVE_CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_oracle(case):
     assert_results(run(case, "native"), expected(case), case)
 
 
-@pytest.mark.parametrize("case", NATIVE_CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_reference(case):
     assert_results(run(case, "native"), run(case, "reference"), case, storage_roundings=2)
 
@@ -75,6 +75,10 @@ OPCHECK_CASES = [
     Case(activation="relu", residual=True, mode="split", dtype=torch.bfloat16),
     Case(activation="relu", residual=True, layout="channels_last", grad_layout="sliced"),
     Case(activation="relu", residual=True, shape=(0, 3, 4, 4)),
+    Case(mode="joint"),
+    Case(mode="joint", components=1, training=False),
+    Case(mode="joint", activation="relu", residual=True, layout="channels_last", dtype=torch.bfloat16),
+    Case(mode="joint", shape=(0, 3, 4, 4)),
 ]
 
 
@@ -84,11 +88,11 @@ def test_opcheck(operator, case):
     torch.library.opcheck(getattr(OPS, operator).default, ARGUMENTS[operator](case))
 
 
-@pytest.mark.parametrize("mode", ["channel", "split"])
+@pytest.mark.parametrize("mode", ["channel", "split", "joint"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_opcheck_update_running(mode, dtype):
     x, _, _, prior, mean, var, *_ = arguments = forward_arguments(Case(mode=mode, dtype=dtype))
-    _, _, _, batch = OPS.forward(*arguments)
+    _, _, _, batch, _ = OPS.forward(*arguments)
     points = x.numel() // x.shape[1]
     torch.library.opcheck(OPS.update_running.default, (prior, mean, var, batch, points, MOMENTUM))
 
@@ -101,12 +105,19 @@ def test_opcheck_stacked(prior):
 @pytest.mark.parametrize("case", [c for c in OPCHECK_CASES if c.training and c.shape[0]], ids=str)
 def test_forward_returns_the_batch_statistics(case):
     x, _, groups, prior, mean, var, weight, bias, *_ = arguments = forward_arguments(case)
-    y, mask, running, (mass, batch_mean, batch_var) = OPS.forward(*arguments)
+    y, mask, running, (mass, batch_mean, batch_var), posterior = OPS.forward(*arguments)
     words = -(-x.numel() // 32) if case.activation and case.residual else 0
     assert mask.shape == (4 * words,) and mask.dtype == torch.uint8
-    for copy, used in zip(running, (torch.zeros_like(mean) if prior is None else prior, mean, var), strict=True):
+    used_prior = torch.zeros_like(mean) if prior is None else prior.reshape(len(mean), -1).expand(mean.shape)
+    for copy, used in zip(running, (used_prior, mean, var), strict=True):
         assert torch.equal(copy, used) and copy.data_ptr() != used.data_ptr()
-    step = oracle.train_step(x, prior, mean, var, weight, bias, groups=groups, eps=EPS)
+    responsibility = "joint" if case.mode == "joint" else "channel"
+    step = oracle.train_step(x, prior, mean, var, weight, bias, groups=groups, eps=EPS, responsibility=responsibility)
+    joint = case.mode == "joint" and case.components > 1
+    assert posterior.shape == ((len(mean), len(x), x[0, 0].numel()) if joint else (0,))
+    if joint:
+        torch.testing.assert_close(posterior.sum(0), torch.ones_like(posterior[0]))
+        assert_close(posterior.sum((1, 2)), step.mass[:, 0], "statistics", case.dtype)
     expected_y = step.y if arguments[1] is None else step.y + arguments[1]
     assert_close(y, expected_y.relu() if case.activation else expected_y, "output", case.dtype)
     assert_close(mass, step.mass, "statistics", case.dtype)
@@ -117,7 +128,7 @@ def test_forward_returns_the_batch_statistics(case):
 
 
 def test_evaluation_returns_no_statistics():
-    _, _, running, batch = OPS.forward(*forward_arguments(Case(training=False)))
+    _, _, running, batch, _ = OPS.forward(*forward_arguments(Case(training=False)))
     assert batch.shape == (0,) and running.shape == (3, 4, 5)
 
 
@@ -130,7 +141,7 @@ def test_inputs_are_not_changed():
             assert torch.equal(now, then) if isinstance(now, torch.Tensor) else now == then
 
 
-PLAIN, SPLIT, MASKED = Case(), Case(mode="split"), Case(activation="relu", residual=True)
+PLAIN, SPLIT, JOINT, MASKED = Case(), Case(mode="split"), Case(mode="joint"), Case(activation="relu", residual=True)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +155,9 @@ PLAIN, SPLIT, MASKED = Case(), Case(mode="split"), Case(activation="relu", resid
         ("forward", SPLIT, 2, torch.zeros(4), "groups.*Long.*[Ff]loat"),
         ("forward", SPLIT, 2, None, "groups in mode 1.*none"),
         ("forward", PLAIN, 2, torch.zeros(4, dtype=torch.int64), "groups in mode 1.*in mode 0"),
-        ("forward", PLAIN, 8, 3, "mode 0.*1.*got 3"),
+        ("forward", PLAIN, 8, 3, "mode 0.*1.*2.*got 3"),
+        ("forward", JOINT, 3, torch.ones(4, 5), r"prior.*\(4\).*\(4, 5\)"),
+        ("forward", JOINT, 3, None, "prior"),
         ("forward", PLAIN, 3, None, "prior"),
         ("forward", PLAIN, 4, torch.zeros(17, 5), "components.*16.*17"),
         ("forward", PLAIN, 4, torch.zeros(5), r"\(5\)"),
@@ -155,10 +168,13 @@ PLAIN, SPLIT, MASKED = Case(), Case(mode="split"), Case(activation="relu", resid
         ("backward", PLAIN, 0, torch.ones(4, 5, 6, 8), r"grad.*\(4, 5, 6, 7\).*\(4, 5, 6, 8\)"),
         ("backward", PLAIN, 0, torch.ones(4, 5, 6, 7, dtype=torch.float64), "grad.*[Ff]loat.*[Dd]ouble"),
         ("backward", PLAIN, 2, torch.zeros(105, dtype=torch.uint8), "no mask without relu"),
-        ("backward", PLAIN, 4, torch.ones(3, 17, 5), "components.*16.*17"),
-        ("backward", PLAIN, 4, torch.ones(3, 4, 6), r"running.*\(3, 4, 5\).*\(3, 4, 6\)"),
-        ("backward", PLAIN, 5, torch.ones(3, 3, 5), r"batch.*\(3, 4, 5\).*\(3, 3, 5\)"),
-        ("backward", PLAIN, 5, torch.ones(3, 4, 5, dtype=torch.float64), "batch.*[Ff]loat.*[Dd]ouble"),
+        ("backward", PLAIN, 4, torch.ones(4, 4, 42), r"posterior.*\(0\).*\(4, 4, 42\)"),
+        ("backward", JOINT, 4, torch.ones(0), r"posterior.*\(4, 4, 42\).*\(0\)"),
+        ("backward", JOINT, 4, torch.ones(4, 4, 42).double(), "posterior.*[Ff]loat.*[Dd]ouble"),
+        ("backward", PLAIN, 5, torch.ones(3, 17, 5), "components.*16.*17"),
+        ("backward", PLAIN, 5, torch.ones(3, 4, 6), r"running.*\(3, 4, 5\).*\(3, 4, 6\)"),
+        ("backward", PLAIN, 6, torch.ones(3, 3, 5), r"batch.*\(3, 4, 5\).*\(3, 3, 5\)"),
+        ("backward", PLAIN, 6, torch.ones(3, 4, 5, dtype=torch.float64), "batch.*[Ff]loat.*[Dd]ouble"),
         ("backward", MASKED, 2, torch.zeros(104, dtype=torch.uint8), r"mask.*\(108\).*\(104\)"),
         ("backward", MASKED, 2, torch.zeros(108, dtype=torch.int8), "mask.*[Cc]har"),
     ],
@@ -179,15 +195,6 @@ def test_update_refuses_what_does_not_fit(position, name):
         OPS.update_running(*arguments, 10, MOMENTUM)
 
 
-def test_joint_mode_is_refused_by_name():
-    """Asked for the native operator, one is not given the reference silently; "auto" chooses by itself."""
-    x, _, _, _, *running, weight, bias = Case(mode="joint").arguments()
-    with pytest.raises(NotImplementedError, match=r"native.*joint"):
-        compound_batch_norm(x, *running, weight, bias, responsibility="joint")
-    with cbn_ext.use_backend("auto"):
-        assert compound_batch_norm(x, *running, weight, bias, responsibility="joint").shape == x.shape
-
-
 # --- memory
 
 
@@ -201,7 +208,7 @@ def test_joint_mode_is_refused_by_name():
         ((4, 16, 4, 12, 24), torch.channels_last_3d),
     ],
 )
-@pytest.mark.parametrize("mode", ["channel", "split"])
+@pytest.mark.parametrize("mode", ["channel", "split", "joint"])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_no_copy_of_the_input(dtype, shape, memory_format, mode, fused):
     """Neither contiguous nor channels_last inputs, nor their gradients, are copied or converted, in any dtype."""
@@ -210,7 +217,10 @@ def test_no_copy_of_the_input(dtype, shape, memory_format, mode, fused):
     residual = grad.clone().requires_grad_() if fused else None
     state = torch.float64 if dtype == torch.float64 else torch.float32
     layer = {4: cbn_ext.CompoundBatchNormAct2d, 5: cbn_ext.CompoundBatchNormAct3d}[x.ndim](
-        16, dtype=state, activation="relu" if fused else None
+        16,
+        dtype=state,
+        activation="relu" if fused else None,
+        responsibility="joint" if mode == "joint" else "channel",
     )
     groups = torch.arange(shape[0]) % 4
 
@@ -231,19 +241,22 @@ def test_no_copy_of_the_input(dtype, shape, memory_format, mode, fused):
         step()
     copies = [e for e in profiler.events() if e.name == "aten::copy_" and list(shape) in e.input_shapes]
     assert not copies
-    # Nothing else of the input's size is allocated but the output and the gradients of x and the residual.
+    # Nothing else of the input's size is allocated but the output and the gradients of x and the residual; in joint
+    # mode the points' weights and their gradient, which are as many as a quarter of the input's elements here, each.
     size = x.numel() * x.element_size()
+    weights = 2 * layer.num_components * (x.numel() // 16) * (state.itemsize) if mode == "joint" else 0
     large = [e for e in profiler.events() if e.self_cpu_memory_usage >= size // 2]
-    assert sum(e.self_cpu_memory_usage for e in large) <= (3 if fused else 2) * size + 4096
+    assert sum(e.self_cpu_memory_usage for e in large) <= (3 if fused else 2) * size + weights + 4096
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("mode", ["channel", "split"])
+@pytest.mark.parametrize("mode", ["channel", "split", "joint"])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_operators_of_a_step(layout, mode, fused):
     """Arguments that fit are not converted, nor is torch asked to: at small sizes each call of it would show."""
     x, grad, residual, groups, *_ = Case(mode=mode, layout=layout, residual=fused).arguments()
-    layer = cbn_ext.CompoundBatchNormAct2d(5, activation="relu" if fused else None)
+    responsibility = "joint" if mode == "joint" else "channel"
+    layer = cbn_ext.CompoundBatchNormAct2d(5, activation="relu" if fused else None, responsibility=responsibility)
     x.requires_grad_()
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         if mode == "split":
@@ -277,6 +290,8 @@ DETERMINISM_CASES = [
     Case((16, 8, 56, 56), 4, training=False),
     Case((16, 8, 55, 57), 4, activation="relu", residual=True),
     Case((16, 9, 55, 57), 4, activation="relu", residual=True, layout="channels_last"),
+    Case((16, 9, 55, 57), 4, "joint", activation="relu"),
+    Case((16, 67, 28, 28), 5, "joint", layout="channels_last"),
 ]
 
 
@@ -299,9 +314,9 @@ CAPABILITIES = {"DEFAULT": ["baseline"], "AVX2": ["baseline", "avx2"]}.get(
 
 RUN_ALL = """
 import sys, torch
-from python_tests.support.cases import NATIVE_CASES, run
+from python_tests.support.cases import CASES, run
 import cbn_ext
-torch.save((cbn_ext.build_info()["isa"], [tuple(run(case, "native")) for case in NATIVE_CASES]), sys.argv[1])
+torch.save((cbn_ext.build_info()["isa"], [tuple(run(case, "native")) for case in CASES]), sys.argv[1])
 """
 
 
@@ -324,7 +339,7 @@ def test_every_instruction_set_matches_the_oracle(capability, tmp_path):
     assert process.returncode == 0, process.stderr
     used, results = torch.load(file)
     assert used == capability
-    for case, result in zip(NATIVE_CASES, results, strict=True):
+    for case, result in zip(CASES, results, strict=True):
         assert_results(cases.Results(*result), expected(case), case)
 
 

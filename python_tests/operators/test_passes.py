@@ -32,8 +32,8 @@ def moments_arguments(case: Case) -> tuple:
 
 def normalise_arguments(case: Case) -> tuple:
     x, residual, groups, prior, mean, var, weight, bias, mode, _, relu, eps = forward_arguments(case)
-    batch = OPS.moments(*moments_arguments(case))
-    return x, residual, groups, prior, mean, var, batch, weight, bias, mode, relu, eps
+    batch, posterior = OPS.moments(*moments_arguments(case))
+    return x, residual, groups, prior, mean, var, posterior, batch, weight, bias, mode, relu, eps
 
 
 def gradient_sums_arguments(case: Case) -> tuple:
@@ -47,7 +47,7 @@ def input_gradient_arguments(case: Case) -> tuple:
 
 
 def merge_moments_arguments(case: Case) -> tuple[Tensor]:
-    return (torch.stack([OPS.moments(*moments_arguments(case))] * 2),)
+    return (torch.stack([OPS.moments(*moments_arguments(case))[0]] * 2),)
 
 
 ARGUMENTS = {
@@ -60,7 +60,7 @@ ARGUMENTS = {
 
 CASES = [
     Case((8, 6, 5, 7), components, mode, dtype=dtype, layout=layout, **fused)
-    for mode in ("channel", "split")
+    for mode in ("channel", "split", "joint")
     for components in (1, 4)
     for layout in ("contiguous", "channels_last")
     for dtype in (torch.float32, torch.float64, torch.bfloat16)
@@ -69,15 +69,16 @@ CASES = [
 # Component 0 is in no part.
 CASES += [replace(case, data="dead") for case in CASES if case.components == 4]
 CASES += [Case((8, 6, 5, 7), detach=True), Case((8, 6)), Case((8, 6), 2, "split")]
+CASES += [Case((8, 6, 5, 7), mode="joint", detach=True), Case((8, 6), 2, "joint")]
 
 
-@pytest.mark.parametrize("case", [*CASES, Case((16, 8, 56, 56)), Case((16, 8, 56, 56), mode="split")], ids=str)
+@pytest.mark.parametrize("case", [*CASES, Case((16, 8, 56, 56)), Case((16, 8, 56, 56), mode="split"), Case((16, 8, 56, 56), mode="joint")], ids=str)
 def test_equal_the_fused_operators(case):
-    y, mask, running, batch = OPS.forward(*forward_arguments(case))
+    y, mask, running, batch, posterior = OPS.forward(*forward_arguments(case))
     grads = OPS.backward(*backward_arguments(case))
-    one = OPS.moments(*moments_arguments(case))
-    by_passes = (*OPS.normalise(*normalise_arguments(case)), one)
-    for actual, wanted in zip(by_passes, (y, mask, running, batch), strict=True):
+    one, weights = OPS.moments(*moments_arguments(case))
+    by_passes = (*OPS.normalise(*normalise_arguments(case)), one, weights)
+    for actual, wanted in zip(by_passes, (y, mask, running, batch, posterior), strict=True):
         assert torch.equal(actual, wanted)
     by_passes = (
         *OPS.input_gradient(*input_gradient_arguments(case)),
@@ -97,11 +98,15 @@ def in_parts(case: Case) -> tuple[Results, Tensor]:
     parts = list(zip(*pieces, strict=True))
     state = (prior, mean, var)
 
-    batch = OPS.merge_moments(torch.stack([OPS.moments(x, groups, *state, mode, EPS) for x, _, groups, _ in parts]))
-    outputs = [OPS.normalise(x, r, groups, *state, batch, weight, bias, mode, relu, EPS) for x, r, groups, _ in parts]
+    moments = [OPS.moments(x, groups, *state, mode, EPS) for x, _, groups, _ in parts]
+    batch = OPS.merge_moments(torch.stack([of_part for of_part, _ in moments]))
+    outputs = [
+        OPS.normalise(x, r, groups, *state, posterior, batch, weight, bias, mode, relu, EPS)
+        for (x, r, groups, _), (_, posterior) in zip(parts, moments, strict=True)
+    ]
     backward = [
-        (grad, x, mask if relu and r is not None else None, groups, running, batch, weight, bias)
-        for (x, r, groups, grad), (_, mask, running) in zip(parts, outputs, strict=True)
+        (grad, x, mask if relu and r is not None else None, groups, posterior, running, batch, weight, bias)
+        for (x, r, groups, grad), (_, posterior), (_, mask, running) in zip(parts, moments, outputs, strict=True)
     ]
     sums = [OPS.gradient_sums(*tensors, mode, relu, EPS) for tensors in backward]
     grad_weight, grad_bias = (sum(of_parts) for of_parts in zip(*sums, strict=True))
@@ -122,7 +127,7 @@ def test_parts_make_the_whole(case):
     if case.mode == "split":
         wanted = wanted._replace(running_prior=None)
     assert_results(results, wanted, case)
-    whole = OPS.moments(*moments_arguments(case))
+    whole, _ = OPS.moments(*moments_arguments(case))
     assert_close(mass, whole[0].double(), "statistics", case.dtype)
     if case.data == "dead":
         _, _, _, _, kept_mean, kept_var, *_ = forward_arguments(case)
@@ -136,13 +141,14 @@ def test_parts_lack_components():
     assert set.union(*present) == {1, 2, 3} and any(0 < len(p) < 3 for p in present) and set() in present
 
 
-@pytest.mark.parametrize("mode", ["channel", "split"])
+@pytest.mark.parametrize("mode", ["channel", "split", "joint"])
 def test_moments_of_nothing(mode):
     """No mass, and the running mean and variance."""
     _, mean, var = arguments = forward_arguments(Case(mode=mode))[3:6]
     x = torch.empty(0, 5, 6, 7)
-    groups = None if mode == "channel" else torch.empty(0, dtype=torch.int64)
-    batch = OPS.moments(x, groups, *arguments, int(mode == "split"), EPS)
+    groups = None if mode != "split" else torch.empty(0, dtype=torch.int64)
+    batch, posterior = OPS.moments(x, groups, *arguments, {"channel": 0, "split": 1, "joint": 2}[mode], EPS)
+    assert posterior.numel() == 0
     assert torch.equal(batch, torch.stack([torch.zeros_like(mean), mean, var]))
 
 
@@ -187,6 +193,8 @@ def test_merge_takes_any_memory():
         Case(dtype=torch.bfloat16, layout="channels_last", mode="split", activation="relu", residual=True),
         Case(activation="relu", detach=True),
         Case(shape=(0, 3, 4, 4)),
+        Case(mode="joint"),
+        Case(mode="joint", components=1),
     ],
     ids=str,
 )
@@ -194,7 +202,7 @@ def test_opcheck(operator, case):
     torch.library.opcheck(getattr(OPS, operator).default, ARGUMENTS[operator](case))
 
 
-CHANNEL, SPLIT = Case(), Case(mode="split")
+CHANNEL, SPLIT, JOINT = Case(), Case(mode="split"), Case(mode="joint")
 
 
 @pytest.mark.parametrize(
@@ -204,17 +212,19 @@ CHANNEL, SPLIT = Case(), Case(mode="split")
         ("moments", CHANNEL, 2, None, "prior"),
         ("moments", CHANNEL, 4, torch.ones(4, 6), r"var.*\(4, 5\).*\(4, 6\)"),
         ("moments", CHANNEL, 5, 1, "groups in mode 1.*none"),
-        ("moments", CHANNEL, 5, 2, "mode 0.*1.*got 2"),
+        ("moments", CHANNEL, 5, 3, "mode 0.*1.*2.*got 3"),
         ("moments", SPLIT, 1, torch.tensor([0, 1, 4, 0]), "groups from 0 to 3, got 4 for image 2"),
         ("normalise", CHANNEL, 1, torch.ones(4, 5, 6, 1), r"residual.*\(4, 5, 6, 7\).*\(4, 5, 6, 1\)"),
-        ("normalise", CHANNEL, 6, torch.ones(3, 4, 6), r"batch.*\(3, 4, 5\).*\(3, 4, 6\)"),
-        ("normalise", CHANNEL, 6, torch.ones(0), r"batch.*\(3, 4, 5\).*\(0\)"),
+        ("normalise", CHANNEL, 7, torch.ones(3, 4, 6), r"batch.*\(3, 4, 5\).*\(3, 4, 6\)"),
+        ("normalise", CHANNEL, 7, torch.ones(0), r"batch.*\(3, 4, 5\).*\(0\)"),
         ("normalise", SPLIT, 2, torch.tensor([0, -1, 3, 0]), "groups from 0 to 3, got -1 for image 1"),
+        ("normalise", JOINT, 6, torch.ones(0), r"posterior.*\(4, 4, 42\).*\(0\)"),
+        ("input_gradient", JOINT, 4, torch.ones(4, 4, 41), r"posterior.*\(4, 4, 42\).*\(4, 4, 41\)"),
         ("gradient_sums", CHANNEL, 0, torch.ones(4, 5, 6, 8), r"grad.*\(4, 5, 6, 7\).*\(4, 5, 6, 8\)"),
         ("gradient_sums", CHANNEL, 2, torch.zeros(108, dtype=torch.uint8), "no mask without relu"),
-        ("gradient_sums", CHANNEL, 5, torch.ones(3, 4, 5, dtype=torch.float64), "batch.*[Ff]loat.*[Dd]ouble"),
-        ("input_gradient", CHANNEL, 8, torch.ones(3, 5), r"grad_weight.*\(4, 5\).*\(3, 5\)"),
-        ("input_gradient", CHANNEL, 9, torch.ones(4, 5, dtype=torch.float64), "grad_bias.*[Ff]loat.*[Dd]ouble"),
+        ("gradient_sums", CHANNEL, 6, torch.ones(3, 4, 5, dtype=torch.float64), "batch.*[Ff]loat.*[Dd]ouble"),
+        ("input_gradient", CHANNEL, 9, torch.ones(3, 5), r"grad_weight.*\(4, 5\).*\(3, 5\)"),
+        ("input_gradient", CHANNEL, 10, torch.ones(4, 5, dtype=torch.float64), "grad_bias.*[Ff]loat.*[Dd]ouble"),
         ("input_gradient", SPLIT, 3, torch.tensor([4, 0, 0, 0]), "groups from 0 to 3, got 4 for image 0"),
         ("merge_moments", CHANNEL, 0, torch.ones(3, 4, 5), r"\(R, 3, M, C\).*\(3, 4, 5\)"),
         ("merge_moments", CHANNEL, 0, torch.ones(0, 3, 4, 5), r"R at least 1.*\(0, 3, 4, 5\)"),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cbn_ext import compound_batch_norm, split_batch_norm, use_backend
+from cbn_ext import Mode, compound_batch_norm, split_batch_norm, use_backend
 from python_tests.support import oracle
 from python_tests.support.tolerances import assert_close
 
@@ -196,16 +196,17 @@ def forward_arguments(case: Case, device: str = "cpu") -> tuple:
     a = case.arguments(device)
     prior = a.prior if a.groups is None else None
     tensors = (a.x, a.residual, a.groups, prior, a.mean, a.var, a.weight, a.bias)
-    return *tensors, int(a.groups is not None), case.training, case.activation == "relu", EPS
+    mode = {"channel": Mode.CHANNEL, "split": Mode.GROUPS, "joint": Mode.JOINT}[case.mode]
+    return *tensors, int(mode), case.training, case.activation == "relu", EPS
 
 
 def backward_arguments(case: Case, device: str = "cpu", place: Callable[[Tensor], Tensor] = Tensor.detach) -> tuple:
     """What cbn_ext::backward takes after a forward pass; its tensors of the input's size go through `place`."""
     x, residual, groups, _, _, _, weight, bias, mode, training, relu, eps = arguments = forward_arguments(case, device)
-    _, mask, running, batch = torch.ops.cbn_ext.forward(*arguments)
+    _, mask, running, batch, posterior = torch.ops.cbn_ext.forward(*arguments)
     mask = mask if relu and residual is not None else None
     grad = place(case.arguments(device).grad)
-    return grad, place(x), mask, groups, running, batch, weight, bias, mode, training, relu, case.detach, eps
+    return grad, place(x), mask, groups, posterior, running, batch, weight, bias, mode, training, relu, case.detach, eps
 
 
 QUANTITIES = Results(
@@ -338,4 +339,5 @@ def _fused(modes: list[Case], shapes: list[tuple[int, ...]]) -> list[Case]:
 
 
 CASES = _table()
-NATIVE_CASES = [case for case in CASES if case.mode != "joint"]
+# What the CUDA operators serve.
+CUDA_CASES = [case for case in CASES if case.mode != "joint"]

@@ -111,7 +111,7 @@ struct Block {
 template <bool kFused, class E, class Coefficients, class V, int M>
 CBN_INLINE V passed_gradient(const Work& work, const Coefficients& in, const V (&e)[M], V z, const Place& place) {
   const V g = load<E>(static_cast<const typename E::Memory*>(work.grad) + place.offset, place.count);
-  if (!kFused) return g;
+  if (!kFused || !work.relu) return g;
   if (work.mask) return Math<V>::where_set(get_bits(work.mask, place.offset, place.count), g);
   return combine(in, e, z) <= 0 ? V{} : g;
 }

@@ -118,7 +118,7 @@ void weigh_points(const Work& work, int64_t begin, int64_t end) {
 }
 
 // q_m = p_m (F_m - sum_k p_k F_k)
-template <class E, int M, bool kFused>
+template <class E, int M>
 void differentiate_weights(const Work& work, int64_t begin, int64_t end) {
   using S = typename E::Scalar;
   using V = Vec<S>;
@@ -128,13 +128,13 @@ void differentiate_weights(const Work& work, int64_t begin, int64_t end) {
       work, begin, end,
       [&](V(&sums)[M], const InputGradient<V, M>& rows, V z, const Place& place) __attribute__((always_inline)) {
         V p[M] = {}, f[M];
-        if (kFused && work.mask == nullptr) {
+        if (work.relu && work.mask == nullptr) {
           for (int m = 0; m < work.components; ++m) {
             const S* from = posterior + m * P + place.point;
             p[m] = work.channels_last ? V{} + *from : load<Statistic<S>>(from, place.count);
           }
         }
-        const V g = passed_gradient<kFused, E>(work, rows, p, z, place);
+        const V g = passed_gradient<true, E>(work, rows, p, z, place);
         direct_gradient(rows, p, z, g, f);
         CBN_UNROLL
         for (int m = 0; m < M; ++m) sums[m] = sums[m] + f[m];

@@ -216,11 +216,12 @@ Tasks make_tasks() {
           nullptr};
 }
 
-template <class E, int M, bool kFused>
+// One form, which asks at every vector what is fused: M loads of weights a vector hide that.
+template <class E, int M>
 Tasks make_joint_tasks() {
-  Tasks tasks = make_tasks<GivenPosterior<E, M>, kFused>();
+  Tasks tasks = make_tasks<GivenPosterior<E, M>, true>();
   tasks.weigh_points = weigh_points<E, M>;
-  tasks.differentiate_weights = differentiate_weights<E, M, kFused>;
+  tasks.differentiate_weights = differentiate_weights<E, M>;
   return tasks;
 }
 
@@ -228,13 +229,6 @@ Tasks make_joint_tasks() {
 template <class E, bool kFused>
 Tasks tasks_of(const Problem& p) {
   if (p.mode == Mode::kGroups) return make_tasks<GroupPosterior<E>, kFused>();
-  if (p.mode == Mode::kJoint && p.components > 1) {
-    // float64 is for checks.
-    constexpr bool kMany = std::is_same_v<E, Double>;
-    if (p.components <= 4 && !kMany) return make_joint_tasks<E, kMany ? kMaxComponents : 4, kFused>();
-    if (p.components <= 8 && !kMany) return make_joint_tasks<E, kMany ? kMaxComponents : 8, kFused>();
-    return make_joint_tasks<E, kMaxComponents, kFused>();
-  }
   if (p.components == 1) return make_tasks<ChannelPosterior<E, 1>, kFused>();
   if (p.components == 2) return make_tasks<ChannelPosterior<E, 2>, kFused>();
   if (p.components <= 4) return make_tasks<ChannelPosterior<E, 4>, kFused>();
@@ -242,10 +236,20 @@ Tasks tasks_of(const Problem& p) {
   return make_tasks<ChannelPosterior<E, kMaxComponents>, kFused>();
 }
 
+template <class E>
+Tasks joint_tasks_of(const Problem& p) {
+  if constexpr (!std::is_same_v<E, Double>) {  // which is for checks
+    if (p.components <= 4) return make_joint_tasks<E, 4>();
+    if (p.components <= 8) return make_joint_tasks<E, 8>();
+  }
+  return make_joint_tasks<E, kMaxComponents>();
+}
+
 inline Tasks tasks(const Problem& p) {
   // The plain kernels pay nothing for what the fused ones ask at every vector.
   const auto of = [&p](auto element) {
     using E = decltype(element);
+    if (p.mode == Mode::kJoint && p.components > 1) return joint_tasks_of<E>(p);
     return p.relu || p.residual ? tasks_of<E, true>(p) : tasks_of<E, false>(p);
   };
   if (p.element == Element::kFloat) return of(Float{});

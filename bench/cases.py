@@ -130,26 +130,24 @@ def make_problem(case: Case) -> Problem:
 def expected_results(
     problem: Problem,
     operation: str = NORM,
-    split: bool = False,
+    mode: Mode = Mode.CHANNEL,
     output: Tensor | None = None,
     block_elements: int = 2**20,
 ) -> tuple[Tensor, ...]:
     """What a provider's step is to give, y and then the gradients, by the reference in float64.
 
     Channels are computed in blocks: the reference holds dozens of tensors as large as M inputs. With a ReLU the
-    gradient passes where `output`, the provider's own y, is positive: near zero, rounding decides. split: each image is
-    normalised with the component of its group.
+    gradient passes where `output`, the provider's own y, is positive: near zero, rounding decides.
     """
     channels = problem.x.shape[1]
-    width = max(1, block_elements * channels // problem.x.numel())
+    width = channels if mode is Mode.JOINT else max(1, block_elements * channels // problem.x.numel())
     blocks = []
     for start in range(0, channels, width):
         part = problem.part(slice(start, start + width))
         x, grad = part.x.double().requires_grad_(), part.grad_output.double()
         *running, weight, bias = (value.double() for value in part.state.values())
         affine = weight.requires_grad_(), bias.requires_grad_()
-        groups = part.groups if split else None
-        normalised = run_reference(x, *running, *affine, training=True, groups=groups)[0]
+        normalised = run_reference(x, *running, *affine, training=True, mode=mode, groups=part.groups)[0]
         y = _activate(normalised.detach(), part, operation)
         if operation != NORM:
             grad = torch.where(output[:, start : start + width] > 0, grad, 0)
@@ -158,19 +156,28 @@ def expected_results(
     return tuple(torch.cat(pieces, 1) for pieces in zip(*blocks, strict=True))
 
 
-def expected_evaluation(problem: Problem, operation: str = NORM) -> Tensor:
+def expected_evaluation(problem: Problem, operation: str = NORM, mode: Mode = Mode.CHANNEL) -> Tensor:
     """A provider's output in evaluation mode, by the reference in float64."""
     state = (value.double() for value in problem.state.values())
-    return _activate(run_reference(problem.x.detach().double(), *state, training=False)[0], problem, operation)
+    y, _ = run_reference(problem.x.detach().double(), *state, training=False, mode=mode)
+    return _activate(y, problem, operation)
 
 
-def run_reference(x: Tensor, *state: Tensor, training: bool, groups: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def run_reference(
+    x: Tensor, *state: Tensor, training: bool, mode: Mode = Mode.CHANNEL, groups: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """y like x (N, C, H, W), and the batch's statistics (3, M, C), of a layer's state, (M, C) each."""
     prior, mean, var, weight, bias = state
-    mode = Mode.CHANNEL if groups is None else Mode.GROUPS
+    prior = joint_prior(prior) if mode is Mode.JOINT else prior
+    groups = groups if mode is Mode.GROUPS else None
     options = Options(mode, training, relu=False, detach_responsibility=False, eps=EPS)
     y, _, _, batch, _ = reference.forward(x, None, groups, prior, mean, var, weight, bias, options)
     return y, batch
+
+
+def joint_prior(prior: Tensor) -> Tensor:
+    """The prior (M,) of joint mode: that of channel 0 of a state's (M, C)."""
+    return prior[:, 0]
 
 
 def _activate(y: Tensor, problem: Problem, operation: str) -> Tensor:

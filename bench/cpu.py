@@ -25,6 +25,7 @@ from bench.harness import (
 from bench.providers import (
     BATCHNORM,
     COMPILED,
+    JOINT,
     OURS,
     REFERENCE,
     SPLIT,
@@ -38,7 +39,15 @@ from bench.report import Environment, Report, Table, Target, number, target_tabl
 THREADS = 2
 SHAPES = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (16, 256, 56, 56))
 
-_LAYERS = ((OURS, 4), (BATCHNORM, 1), (OURS, 1), (OURS + SPLIT, 4), (BATCHNORM + COMPILED, 1))
+_LAYERS = (
+    (OURS, 4),
+    (BATCHNORM, 1),
+    (OURS, 1),
+    (OURS + SPLIT, 4),
+    (OURS + JOINT, 4),
+    (OURS + JOINT, 8),
+    (BATCHNORM + COMPILED, 1),
+)
 _ALL = (*_LAYERS, (REFERENCE, 4), (REFERENCE + COMPILED, 4))
 COMPARISONS = (
     *(Comparison(Case(shape), _ALL) for shape in SHAPES),
@@ -168,6 +177,9 @@ def targets(times: list[TimeRow], memory: list[MemoryRow]) -> list[Target]:
         for components, limit in ((4, 3), (1, 1.2)):
             value = ratio((OURS, components), (BATCHNORM, 1), layout)
             found.append(Target(f"time, cbn_ext M={components} / BatchNorm2d, {layout}", value, "≤", limit))
+    for layout, limit in (("contiguous", 2), ("channels_last", 3.5)):
+        value = ratio((OURS + JOINT, 4), (BATCHNORM, 1), layout)
+        found.append(Target(f"time, cbn_ext joint M=4 / BatchNorm2d, {layout}", value, "≤", limit))
     for provider, limit in ((REFERENCE, 15), (REFERENCE + COMPILED, 8)):
         found.append(Target(f"time, {provider} / cbn_ext, M=4", ratio((provider, 4), (OURS, 4)), "≥", limit))
     what = "peak memory, cbn_ext M=4 / BatchNorm2d, worst shape and layout: "
@@ -219,6 +231,7 @@ _HOW = """## How this was measured
 - GB/s counts, for every provider, one read and one write of a tensor of the input's size forward, two reads
   and one write backward.
 - *cbn_ext split* normalises each image with the component of its group; the groups are random, as large as each other.
+- *cbn_ext joint* has one mixture over the channels of a point.
 - *reference* is the formula in plain PyTorch operations with autograd, `cbn_ext.reference.forward`.
 - *mixed* data, where nothing is said: the components share the responsibility for every value; *saturated*:
   each value belongs to one component; *constant*: every other channel is constant.

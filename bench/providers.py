@@ -22,12 +22,16 @@ from bench.cases import (
     check,
     expected_evaluation,
     expected_results,
+    joint_prior,
     run_reference,
 )
+from cbn_ext import Mode
 
 #: Layers; the name of a provider is that of its layer, followed by its operation and by one of the words below.
 OURS, BATCHNORM, REFERENCE = "cbn_ext", "BatchNorm2d", "reference"
-SPLIT, COMPILED = " split", " compiled"
+SPLIT, JOINT, COMPILED = " split", " joint", " compiled"
+
+_MODES = {Mode.CHANNEL: "", Mode.GROUPS: SPLIT, Mode.JOINT: JOINT}
 
 #: Small enough that the running statistics, and with them the responsibilities, stay what they are for thousands of
 #: steps; not 0, of which a compiler could make use.
@@ -37,13 +41,12 @@ MOMENTUM = 1e-6
 class Provider(NamedTuple):
     """How a result is made.
 
-    split: each image is normalised with the component of its group. settings: CBN_CUDA_NAME to value, for the CUDA
-    operators, which else choose themselves.
+    settings: CBN_CUDA_NAME to value, for the CUDA operators, which else choose themselves.
     """
 
     layer: str
     operation: str = NORM
-    split: bool = False
+    mode: Mode = Mode.CHANNEL
     compiled: bool = False
     settings: Mapping[str, int] = {}
 
@@ -51,7 +54,7 @@ class Provider(NamedTuple):
     def name(self) -> str:
         """As it stands in tables and files."""
         settings = "".join(f" {key.lower()}={value}" for key, value in self.settings.items())
-        return self.layer + self.operation + SPLIT * self.split + COMPILED * self.compiled + settings
+        return self.layer + self.operation + _MODES[self.mode] + COMPILED * self.compiled + settings
 
     @property
     def peer(self) -> str:
@@ -71,7 +74,8 @@ PROVIDERS = {
         Provider(OURS),
         Provider(OURS, RELU),
         Provider(OURS, ADD_RELU),
-        Provider(OURS, split=True),
+        Provider(OURS, mode=Mode.GROUPS),
+        Provider(OURS, mode=Mode.JOINT),
         Provider(BATCHNORM),
         Provider(BATCHNORM, RELU),
         Provider(BATCHNORM, ADD_RELU),
@@ -145,7 +149,7 @@ class LayerWorkload:
     def forward(self) -> Tensor:
         """y (N, C, H, W)."""
         inputs = (self.problem.x, self.problem.residual)
-        with cbn_ext.split_path(self.problem.groups) if self.provider.split else nullcontext():
+        with cbn_ext.split_path(self.problem.groups) if self.provider.mode is Mode.GROUPS else nullcontext():
             return self.layer(*(inputs if self.provider.operation == ADD_RELU else inputs[:1]))
 
     def backward(self, output: Tensor) -> tuple[Tensor, ...]:
@@ -189,26 +193,27 @@ class Checker:
 
     def __init__(self, elements: int = sys.maxsize) -> None:
         self.elements = elements
-        self._kept: dict[tuple[int, bool], tuple[Tensor, ...]] = {}
+        self._kept: dict[tuple[int, Mode], tuple[Tensor, ...]] = {}
 
     def __call__(self, workload: LayerWorkload, evaluation: bool = False) -> None:
         """Check y and gradients and, where asked for, the output in evaluation; raises WrongResultError."""
         problem, provider = workload.problem, workload.provider
         case, count = problem.case, problem.case.shape[1]
-        width = max(1, self.elements * count // problem.x.numel())
+        # In joint mode each channel depends on all others.
+        width = count if provider.mode is Mode.JOINT else max(1, self.elements * count // problem.x.numel())
         channels = torch.linspace(0, count - 1, min(width, count), device=problem.x.device).long()
         part = problem.part(channels)
         if evaluation:  # before a step moves the running statistics
-            expected = [expected_evaluation(part, provider.operation)]
+            expected = [expected_evaluation(part, provider.operation, provider.mode)]
             check(f"{provider.name} in evaluation", case, [workload.evaluate()[:, channels]], expected)
         actual = [result[:, channels] for result in workload.results()]
         if provider.operation == NORM:
-            key = case.components, provider.split
+            key = case.components, provider.mode
             if key not in self._kept:
-                self._kept[key] = expected_results(part, split=provider.split)
+                self._kept[key] = expected_results(part, mode=provider.mode)
             expected = self._kept[key]
         else:
-            expected = expected_results(part, provider.operation, provider.split, actual[0])
+            expected = expected_results(part, provider.operation, provider.mode, actual[0])
         check(provider.name, case, actual, expected, provider.operation)
 
 
@@ -241,6 +246,9 @@ def set_up(name: str, problem: Problem) -> LayerWorkload:
     options = {"num_features": problem.case.shape[1], "eps": EPS, "momentum": MOMENTUM, **factory}
     if provider.layer == OURS:
         layer_class = cbn_ext.CompoundBatchNorm2d if plain else cbn_ext.CompoundBatchNormAct2d
+        if provider.mode is Mode.JOINT:
+            options["responsibility"] = "joint"
+            state = state | {"running_prior": joint_prior(state["running_prior"])}
         layer = layer_class(num_components=components, **options)
         layer.load_state_dict(state | {"num_batches_tracked": torch.tensor(0)})
     elif provider.layer == BATCHNORM:

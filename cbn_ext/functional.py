@@ -52,7 +52,7 @@ def compound_batch_norm(
     Raises:
         ValueError: one value per channel in training, an unknown responsibility or activation.
         RuntimeError: shapes, dtypes or devices that do not fit together.
-        NotImplementedError: a dtype that is not supported, or joint mode with the backend "native".
+        NotImplementedError: a dtype that is not supported.
     """
     mode = mode_of(responsibility)
     running = (running_prior, running_mean, running_var)
@@ -114,7 +114,7 @@ def _normalize(tensors: tuple[Tensor | None, ...], options: Options, momentum: f
     """The output for (x, residual, groups, prior, mean, var, weight, bias), the order of every layer below."""
     check_tensors(tensors, options)
     x, residual, groups, prior, mean, var, weight, bias = tensors
-    backend = _choose_backend(x.device.type, options.mode)
+    backend = _choose_backend(x.device.type)
     dtype = reference.compute_dtype(x.dtype)
     per_channel = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (prior, mean, var, weight, bias))
     y, _, _, batch, _ = Normalize.apply(x, residual, groups, *per_channel, options, backend)
@@ -126,13 +126,10 @@ def _normalize(tensors: tuple[Tensor | None, ...], options: Options, momentum: f
     return y
 
 
-def _choose_backend(device: str, mode: Mode) -> ModuleType:
+def _choose_backend(device: str) -> ModuleType:
     """The module that computes this call, `ops` or `reference`: both have the same functions."""
     choice = backend()
-    served = mode is not Mode.JOINT or device == "cpu"
-    if choice == "native" and not served:
-        raise NotImplementedError(f'the backend "native" serves joint mode on the CPU alone, got {device}')
-    if choice == "reference" or not served:
+    if choice == "reference":
         return reference
     if load_error(device) is None:
         return ops

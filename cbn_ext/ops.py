@@ -1,6 +1,6 @@
 """Typed wrappers of the native operators `torch.ops.cbn_ext.*`, and their fake implementations for tracing.
 
-Arguments and results are those of `cbn_ext.reference`; joint mode is served on the CPU alone.
+Arguments and results are those of `cbn_ext.reference`.
 """
 
 import torch
@@ -103,8 +103,21 @@ if load_error() is None:
 
     @torch.library.register_fake("cbn_ext::input_gradient")
     def _(
-        grad, x, mask, groups, posterior, running, batch, weight, bias, dweight, dbias, mode, relu,
-        detach_responsibility, eps,
+        grad,
+        x,
+        mask,
+        groups,
+        posterior,
+        running,
+        batch,
+        weight,
+        bias,
+        dweight,
+        dbias,
+        mode,
+        relu,
+        detach_responsibility,
+        eps,
     ):
         grad_x = _empty_like(x)
         return grad_x, x.new_empty(0) if mask is None else torch.empty_like(grad_x)

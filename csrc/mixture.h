@@ -127,30 +127,42 @@ CBN_INLINE T responsibilities(const LogOdds<T, M>& odds, T z, T (&e)[M]) {
   return Math<T>::reciprocal(sum);
 }
 
-// Joint mode, one mixture over the channels of a point: component m's log-density is the sum of its peaks over the
-// channels less the sum of t_m^2, t_m = sqrt(precision_m) (x - mean_m). Each is as accurate as it is large: what
-// matters is near a component, and small. Differences to one component would lose that where this one is far away.
+// Joint mode, one mixture over the channels of a point: component m's log-odds against a reference component are the
+// sum over the channels of its peaks and of t^2 - t_m^2, with t_m = sqrt(precision_m) (x - mean_m) and t the same for
+// the reference. The difference is taken as (t - t_m) (t + t_m), both factors lines in z: components that are nearly
+// equal differ by little, and so do their errors. The reference is the component that is nearest to the channels'
+// medians: where it is far from the points itself, the odds of others lose digits.
 template <class T, int M>
 struct Distances {
-  static constexpr int kRows = 2;
-  T slope[M];
-  T offset[M];  // t = slope z + offset
-  CBN_METHOD T* row(int i) { return i == 0 ? slope : offset; }
+  static constexpr int kRows = 4;
+  T difference_slope[M];
+  T difference_offset[M];
+  T sum_slope[M];
+  T sum_offset[M];
+  CBN_METHOD T* row(int i) {
+    T* const rows[] = {difference_slope, difference_offset, sum_slope, sum_offset};
+    return rows[i];
+  }
 };
 
-CBN_INLINE Distances<double, 1> distance(const LogDensity& component, double origin) {
-  const double slope = std::sqrt(component.precision);
-  return {slope, slope * (origin - component.mean)};
+CBN_INLINE Distances<double, 1> distances(const LogDensity& component, const LogDensity& reference, double origin) {
+  const double slope_m = std::sqrt(component.precision), slope = std::sqrt(reference.precision);
+  const double offset_m = slope_m * (origin - component.mean), offset = slope * (origin - reference.mean);
+  return {slope - slope_m, offset - offset_m, slope + slope_m, offset + offset_m};
 }
 
-// What a channel adds to the sums of t^2.
+// t_m^2
+CBN_INLINE double squared_distance(const LogDensity& component, double x) {
+  return component.precision * (x - component.mean) * (x - component.mean);
+}
+
+// What a channel adds to the sums of t^2 - t_m^2.
 template <class T, int M>
-CBN_INLINE void accumulate(T (&squares)[M], const Distances<T, M>& in, T z) {
+CBN_INLINE void accumulate(T (&sums)[M], const Distances<T, M>& in, T z) {
   CBN_UNROLL
-  for (int m = 0; m < M; ++m) {
-    const T t = in.slope[m] * z + in.offset[m];
-    squares[m] = squares[m] + t * t;
-  }
+  for (int m = 0; m < M; ++m)
+    sums[m] =
+        sums[m] + (in.difference_slope[m] * z + in.difference_offset[m]) * (in.sum_slope[m] * z + in.sum_offset[m]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from bench.cuda.plan import EAGER
 from bench.cuda.timer import Kernel, Timer, listed
 from bench.harness import BACKWARD, BOTH, FORWARD, MemoryRow, Row, TimeRow, gigabytes_per_second, time_interleaved
 from bench.providers import ADD_RELU, OURS, PROVIDERS, Checker, Comparison, LayerWorkload, cuda_settings, set_up
+from cbn_ext import Mode
 
 #: Seconds that a comparison is expected to take before one of its phase is measured: without and with compilation.
 _FIRST_GUESS = (2.0, 15.0)
@@ -165,7 +166,7 @@ def measure(comparison: Comparison, timer: Timer, copy_gb_per_s: float, found: M
         provider, problem = PROVIDERS[name], problems[components]
         # One more compilation, for which the time is too dear; settings are compared in training alone, and in
         # evaluation there are no groups.
-        evaluation = not (provider.compiled or provider.settings or provider.split)
+        evaluation = not (provider.compiled or provider.settings or provider.mode is Mode.GROUPS)
         with failures_of(name, ours=provider.layer == OURS), cuda_settings(provider.settings):
             workload = set_up(name, problem)
             check(workload, evaluation)

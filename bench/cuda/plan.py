@@ -6,7 +6,7 @@ from itertools import product, zip_longest
 import torch
 
 from bench.cases import ADD_RELU, OPERATIONS, RELU, Case
-from bench.providers import BATCHNORM, COMPILED, OURS, PROVIDERS, REFERENCE, SPLIT, Comparison
+from bench.providers import BATCHNORM, COMPILED, JOINT, OURS, PROVIDERS, REFERENCE, SPLIT, Comparison
 
 LAYOUTS = ("contiguous", "channels_last")
 CIFAR_SHAPES = ((128, 32, 16, 16), (128, 16, 32, 32), (128, 64, 8, 8))
@@ -43,6 +43,7 @@ def comparisons() -> list[Comparison]:
         *_phase("fused", _UNIT + _FUSED, SHAPES, both),
         *_phase(EAGER, (*_PLAIN, (OURS, 1)), EAGER_SHAPES, single, contiguous),
         *_phase("split", ((OURS + SPLIT, 4), *_UNIT), SHAPES, both),
+        *_phase("joint", ((OURS + JOINT, 4), (OURS + JOINT, 8), *_UNIT), SHAPES, both),
         *_phase("compiled", _PLAIN + _FUSED + _COMPILED, SHAPES, both),
         # The eager reference takes dozens of times the others' time and memory.
         *_phase("reference", _PLAIN + _REFERENCE, SHAPES[:3], both),

@@ -151,10 +151,12 @@ _HOW = """## How this was measured
   host is in them. One process; the providers take turns in rounds, every other round in the reverse order; the first
   replay of a turn is not counted.
 - What is compared stands in one comparison, a *phase* (CSV) has one for each input. Ratios are of times from one
-  comparison; other figures of layers that several phases measure are those of the first. Phases, in this order: *plain*
-  (ours, M=4, and nn.BatchNorm2d), *fused*, *split* and *compiled* in float32 and bfloat16; the *reference* at three
-  shapes; *components*, M = 1, 2 and 8, in contiguous tensors; *float16* and *batch 256* without compiled layers;
-  *saturated* and *constant* data. *evaluation forward* is not measured for compiled layers and split ones.
+  comparison; other figures of layers that several phases measure are those of the first. Phases, in this order:
+  *plain* (ours, M=4, and nn.BatchNorm2d), *fused*, *split*, *joint* (M = 4 and 8) and *compiled* in float32 and
+  bfloat16; the *reference* at three shapes; *components*, M = 1, 2 and 8, in contiguous tensors; *float16* and *batch
+  256* without compiled layers; *saturated* and *constant* data. *evaluation forward* is not measured for compiled
+  layers and split ones.
+- *joint*: one mixture over the channels of a point.
 - *split*: each image is normalised with the component of its group; the groups are random, as large as each other.
 - *Eager* steps, small inputs only: many are queued, then the device is waited for once; a step's share of the wall
   clock. That is what the host needs.

@@ -9,7 +9,7 @@ from bench.cases import ADD_RELU, RELU, shape_label
 from bench.cuda.measure import CudaRow, KernelRow
 from bench.cuda.plan import CIFAR_SHAPES, EAGER, LARGE_SHAPES, RESNET50_SHAPES
 from bench.harness import BACKWARD, BOTH, DIRECTIONS, EVALUATION, FORWARD, MemoryRow
-from bench.providers import BATCHNORM, COMPILED, OURS, REFERENCE, SPLIT
+from bench.providers import BATCHNORM, COMPILED, JOINT, OURS, REFERENCE, SPLIT
 from bench.report import Table, Target, number
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -31,7 +31,7 @@ _FUSED = tuple((OURS + op, BATCHNORM + op + how, BOTH) for op in (RELU, ADD_RELU
 RELATIONS = (
     *((OURS, BATCHNORM, direction) for direction in (*DIRECTIONS, EVALUATION)),
     (OURS, BATCHNORM + COMPILED, BOTH),
-    *((OURS + SPLIT, BATCHNORM, direction) for direction in DIRECTIONS),
+    *((OURS + mode, BATCHNORM, direction) for mode in (SPLIT, JOINT) for direction in DIRECTIONS),
     *_FUSED,
     (REFERENCE + COMPILED, OURS, BOTH),
     (REFERENCE, OURS, BOTH),
@@ -192,9 +192,9 @@ def mean_table(times: Times) -> Table:
 
 def shape_table(times: Times) -> Table:
     """Every case: nn.BatchNorm2d's time, ours in its units, and the other modes in those of what they replace."""
-    header = ("input", "BatchNorm2d, µs", "ours, µs", "forward", "backward", "both", "evaluation", "split")
+    header = ("input", "BatchNorm2d, µs", "ours, µs", "forward", "backward", "both", "evaluation", "split", "joint")
     header += ("+ ReLU", "compiled", "+ add + ReLU", "compiled", "forward, % of copy", "backward, % of copy")
-    pairs = [*RELATIONS[:4], (OURS + SPLIT, BATCHNORM, BOTH), *_FUSED]
+    pairs = [*RELATIONS[:4], (OURS + SPLIT, BATCHNORM, BOTH), (OURS + JOINT, BATCHNORM, BOTH), *_FUSED]
     return by_case(
         "Ours (M=4) relative to nn.BatchNorm2d followed by the same operations",
         header,

@@ -2,6 +2,7 @@
 #include "../operator.h"
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "capability.h"
@@ -75,15 +76,14 @@ void sample(Work& work) {
   }
 }
 
-// Fills the table of channels with origins and what make(component, origin) gives, rows of one, and keeps it alive.
+// Fills the table of channels with origins and what make(component, origin) gives, rows of one; the table.
 template <class S, class Make>
-std::vector<S> put_channels_table(Work& work, int lanes, const Make& make) {
+std::vector<S> put_channels_table(Work& work, int lanes, const std::vector<double>& origins, const Make& make) {
   using Rows = decltype(make(Component<S>{work, 0}, 0.0));
   work.width = (work.channels + lanes - 1) / lanes * lanes;
   std::vector<S> table((1 + Rows::kRows * work.components) * work.width);
   parallel(work.channels, kTableElements, [&](int64_t c) {
-    const S origin = static_cast<S>(used_origin<S>(work, c));
-    table[c] = origin;
+    const S origin = table[c] = static_cast<S>(origins[c]);
     for (int m = 0; m < work.components; ++m) {
       Rows rows = make(Component<S>{work, m * work.channels + c}, static_cast<double>(origin));
       for (int i = 0; i < Rows::kRows; ++i)
@@ -104,15 +104,36 @@ void for_all_points(const Work& work, PointTask task) {
 template <class S>
 void weigh_points(const Problem& p) {
   Work work = work_of(p);
+  if (work.points() == 0) return;
+  sample(work);
   const Tasks tasks = tasks_for(work);
-  const auto component = [&](int m, int64_t c) { return Component<S>{work, m * work.channels + c}; };
-  for (int m = 0; m < work.components; ++m) work.height[m] = log_prior(component(m, 0).prior(1));
-  work.prior = nullptr;  // it counts once, not for every channel
-  for (int m = 0; m < work.components; ++m)
-    for (int64_t c = 0; c < work.channels; ++c) work.height[m] += component(m, c).density().peak;
-  work.training = false;  // the batch has no statistics yet: the origin is a running mean
-  const auto table = put_channels_table<S>(
-      work, tasks.lanes, [](const Component<S>& of, double origin) { return distance(of.density(), origin); });
+  const int64_t C = work.channels;
+  std::vector<double> origins(C), peaks(work.components * C), distances_of(work.components * C);
+  const auto density = [&](int m, int64_t c) { return Component<S>{work, m * C + c}.density(); };
+  parallel(C, kTableElements, [&](int64_t c) {
+    origins[c] = tasks.sampled_origin(work, c);
+    for (int m = 0; m < work.components; ++m) {
+      peaks[m * C + c] = density(m, c).peak;
+      distances_of[m * C + c] = squared_distance(density(m, c), origins[c]);
+    }
+  });
+  int reference = 0;
+  double nearest = std::numeric_limits<double>::infinity();
+  for (int m = 0; m < work.components; ++m) {
+    // The prior counts once, not for every channel.
+    const double prior = log_prior(Component<S>{work, m * C}.prior(1));
+    double distance = 0;
+    work.height[m] = prior;
+    for (int64_t c = 0; c < C; ++c) {
+      work.height[m] += peaks[m * C + c] - prior;
+      distance += distances_of[m * C + c];
+    }
+    if (distance < nearest) reference = m;
+    nearest = std::min(nearest, distance);
+  }
+  const auto table = put_channels_table<S>(work, tasks.lanes, origins, [&](const Component<S>& of, double origin) {
+    return distances(of.density(), density(reference, of.i % C), origin);
+  });
   for_all_points(work, tasks.weigh_points);
 }
 
@@ -120,9 +141,10 @@ template <class S>
 void differentiate_weights(const Problem& p) {
   Work work = work_of(p);
   const Tasks tasks = tasks_for(work);
-  const auto table = put_channels_table<S>(work, tasks.lanes, [](const Component<S>& component, double origin) {
-    return component.input_gradient(component.used(), origin, component.read(component.p.grad_weight, 0),
-                                    component.read(component.p.grad_bias, 0));
+  std::vector<double> origins(work.channels);
+  for (int64_t c = 0; c < work.channels; ++c) origins[c] = used_origin<S>(work, c);
+  const auto table = put_channels_table<S>(work, tasks.lanes, origins, [](const Component<S>& of, double origin) {
+    return of.input_gradient(of.used(), origin, of.read(of.p.grad_weight, 0), of.read(of.p.grad_bias, 0));
   });
   for_all_points(work, tasks.differentiate_weights);
 }

@@ -91,6 +91,12 @@ CBN_INLINE void sum_channels(const Work& work, int64_t begin, int64_t end, Add a
   }
 }
 
+template <class E>
+double sampled_origin(const Work& work, int64_t channel) {
+  const int64_t channels = work.channels_last ? Block<E>::kLanes : 1;
+  return Block<E>(work, channel / channels, Pass::kMoments).sampled_origin(0, static_cast<int>(channel % channels));
+}
+
 template <class E, int M>
 void weigh_points(const Work& work, int64_t begin, int64_t end) {
   using S = typename E::Scalar;
@@ -98,14 +104,14 @@ void weigh_points(const Work& work, int64_t begin, int64_t end) {
   constexpr int kLanes = kLanesOf<S>;
   sum_channels<E, M, Distances>(
       work, begin, end,
-      [](V(&squares)[M], const Distances<V, M>& rows, V z, const Place&) __attribute__((always_inline)) {
+      [](V(&sums)[M], const Distances<V, M>& rows, V z, const Place&) __attribute__((always_inline)) {
         // Beyond `count` there are channels with coefficients of 0, or points that no one reads.
-        accumulate(squares, rows, z);
+        accumulate(sums, rows, z);
       },
       [&](const auto& totals, int64_t first, int64_t count, int64_t point) {
         V p[M] = {}, sum{};
         for (int l = 0; l < kLanes; ++l) {
-          const auto log_density = [&](int m) { return work.height[m] - totals[m][first + l]; };
+          const auto log_density = [&](int m) { return work.height[m] + totals[m][first + l]; };
           double top = log_density(0);
           for (int m = 1; m < work.components; ++m) top = top < log_density(m) ? log_density(m) : top;
           for (int m = 0; m < work.components; ++m) p[m][l] = static_cast<S>(log_density(m) - top);

@@ -213,6 +213,7 @@ Tasks make_tasks() {
           gradient_sums<Posterior, kFused>,
           input_gradient<Posterior, kFused>,
           nullptr,
+          nullptr,
           nullptr};
 }
 
@@ -220,6 +221,7 @@ Tasks make_tasks() {
 template <class E, int M>
 Tasks make_joint_tasks() {
   Tasks tasks = make_tasks<GivenPosterior<E, M>, true>();
+  tasks.sampled_origin = sampled_origin<E>;
   tasks.weigh_points = weigh_points<E, M>;
   tasks.differentiate_weights = differentiate_weights<E, M>;
   return tasks;

@@ -25,13 +25,18 @@ using MapTask = void (*)(const Work&, int64_t block, int64_t begin, int64_t end)
 // Work on all channels of the points of the images [begin, end).
 using PointTask = void (*)(const Work&, int64_t begin, int64_t end);
 
+// Median of the sampled values of a channel.
+using OriginOf = double (*)(const Work&, int64_t channel);
+
 struct Tasks {
   int lanes;  // channels of a block in channels_last
   ReduceTask moments;
   MapTask normalise;
   ReduceTask gradient_sums;
   MapTask input_gradient;
-  PointTask weigh_points, differentiate_weights;  // in Mode::kJoint with M > 1, else null
+  // In Mode::kJoint with M > 1, else null.
+  OriginOf sampled_origin;
+  PointTask weigh_points, differentiate_weights;
 };
 
 Tasks tasks_baseline(const Problem& p);

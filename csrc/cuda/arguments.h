@@ -19,7 +19,13 @@ struct Arguments : Problem {
   bool mask_in_bytes;  // no byte is shared by two channels, in channels_last by two points; else the mask starts as 0
   void* partials;      // [splits, 3 or 2, M, C] sums, of the streaming path
   void* origins;       // [C] what the sums are relative to
+
+  void* channels_table;  // [C] of ChannelRows, what joint mode's passes over all channels of a point take of each
+  double* heights;       // [2, M] as compiled: sums of each component's peaks, and its distance from the points
 };
+
+// Threads of a block of those passes.
+constexpr int kPointThreads = 256;
 
 // The kernels of one element type, layout, number of components and posterior.
 struct Kernels {
@@ -33,6 +39,16 @@ struct Kernels {
   int components;    // as compiled
   int most_threads;  // of a block
   Direction forward, backward;
+
+  // Joint mode's passes over all channels of a point; null in the other modes.
+  struct Points {
+    Kernel sum_components;  // null where nothing is summed
+    Kernel lay_out, sum;
+    int64_t bytes_of_channel;  // in the table
+  };
+  Points weigh, differentiate;
+  int64_t points_of_block;
+  unsigned shared_of_points;  // bytes
 };
 
 Kernels kernels_float(int components, bool channels_last, Mode mode);

@@ -109,9 +109,25 @@ struct Work {
     return plan_resident(extent, device, chosen);
   }
 
+  // Joint mode's pass over all channels of each point.
+  void run_points(Kernels::Points Kernels::* pass, const Tensor& x) {
+    Arguments& a = arguments;
+    const Kernels::Points& kernel = kernels.*pass;
+    const int64_t heights = 2 * kernels.components * static_cast<int64_t>(sizeof(double));
+    const Tensor workspace = empty(x, {heights + a.channels * kernel.bytes_of_channel}, ScalarType::Byte);
+    a.heights = static_cast<double*>(workspace.mutable_data_ptr());
+    a.channels_table = a.heights + 2 * kernels.components;
+    if (kernel.sum_components)
+      launch(kernel.sum_components, {kernels.components, kPointThreads, 1, 2 * kPointThreads * sizeof(double)}, stream,
+             a);
+    launch(kernel.lay_out, {kernels.components, kPointThreads, 1, 0}, stream, a);
+    launch(kernel.sum, {divide_up(a.points(), kernels.points_of_block), kPointThreads, 1, kernels.shared_of_points},
+           stream, a);
+  }
+
   template <bool kForward>
   void run(const Kernels::Direction& direction, Passes passes, const Tensor& x) {
-    if (passes == Passes::kBoth)
+    if (passes == Passes::kBoth && direction.both)
       if (const std::optional<Plan> plan = resident_plan(direction.both)) return launch_pass(direction.both, *plan);
     if (passes != Passes::kMap) reduce<kForward>(direction.reduce, x);
     if (passes != Passes::kReduce) launch_pass(direction.map, plan_map(extent, device, chosen));
@@ -138,10 +154,12 @@ struct Cuda {
     if (passes != Passes::kMap) work.finish<false>();
   }
 
-  static void weigh_points(const Problem&, const Tensor&) {
-    STD_TORCH_CHECK(false, "expected mode 0 (channel) or 1 (groups) on CUDA, got 2 (joint)");
+  static void weigh_points(const Problem& p, const Tensor& x) {
+    if (p.points() > 0) Work(p, x).run_points(&Kernels::weigh, x);
   }
-  static void differentiate_weights(const Problem& p, const Tensor& x) { weigh_points(p, x); }
+  static void differentiate_weights(const Problem& p, const Tensor& x) {
+    if (p.points() > 0) Work(p, x).run_points(&Kernels::differentiate, x);
+  }
 
   // What fills up the last word is zero as well: the same input gives the same mask.
   static bool writes_all_of_mask(const Problem& p) { return has_mask_in_bytes(p) && p.points() * p.channels % 32 == 0; }

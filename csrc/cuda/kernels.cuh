@@ -2,7 +2,7 @@
 // maps: two kernels that both read the values (streaming), or one that keeps them on chip (resident).
 #pragma once
 
-#include "reduce.cuh"
+#include "joint.cuh"
 
 namespace cbn {
 
@@ -251,7 +251,7 @@ __device__ __forceinline__ Form reduce_block(const Block<C>& block, const Shared
 // The output or the input's gradient of the block's points, when the coefficients are there.
 template <class C, Pass pass, class Work>
 __device__ __forceinline__ void map_block(const Block<C>& block, const Shared<C>& shared, Work& chunks, Form form) {
-  const bool constant = C::M == 1 || C::Posterior::kGiven || block.a.detach_responsibility;
+  const bool constant = C::M == 1 || C::Posterior::kConstant || block.a.detach_responsibility;
   form.choose<C>([&](auto bounded, auto plain) {
     if constexpr (pass == Pass::kNormalise)
       normalise<C, bounded.value, plain.value>(block, shared, chunks);
@@ -354,6 +354,23 @@ Kernels kernels_for() {
            resident_kernel<C, Pass::kInputGradient>}};
 }
 
+// Joint mode streams: its backward map waits for a pass over all channels.
+template <class C>
+Kernels joint_kernels_for() {
+  using B = PointBlock<C>;
+  using S = typename C::S;
+  return {
+      C::V,
+      C::M,
+      C::kThreads,
+      {reduce_kernel<C, Pass::kMoments>, map_kernel<C, Pass::kNormalise>, nullptr},
+      {reduce_kernel<C, Pass::kGradientSums>, map_kernel<C, Pass::kInputGradient>, nullptr},
+      {sum_components_kernel<C>, lay_out_kernel<C, true>, weigh_kernel<C>, sizeof(ChannelRows<S, Distances, C::M>)},
+      {nullptr, lay_out_kernel<C, false>, differentiate_weights_kernel<C>, sizeof(ChannelRows<S, InputGradient, C::M>)},
+      B::kPointsOfBlock,
+      B::kTotals * sizeof(double)};
+}
+
 template <class E, bool kLast>
 Kernels kernels_of_channels(int components) {
   if (components == 1) return kernels_for<Config<E, 1, kLast, ChannelPosterior>>();
@@ -365,6 +382,15 @@ Kernels kernels_of_channels(int components) {
 
 // A component costs little without a mixture, so that fewer numbers of them are compiled; float64 is for checks.
 template <class E, bool kLast>
+Kernels kernels_of_joint(int components) {
+  if constexpr (!std::is_same_v<E, double>) {
+    if (components <= 4) return joint_kernels_for<Config<E, 4, kLast, JointPosterior>>();
+    if (components <= 8) return joint_kernels_for<Config<E, 8, kLast, JointPosterior>>();
+  }
+  return joint_kernels_for<Config<E, kMaxComponents, kLast, JointPosterior>>();
+}
+
+template <class E, bool kLast>
 Kernels kernels_of_groups(int components) {
   if constexpr (!std::is_same_v<E, double>) {
     if (components <= 4) return kernels_for<Config<E, 4, kLast, GroupPosterior>>();
@@ -375,6 +401,8 @@ Kernels kernels_of_groups(int components) {
 
 template <class E>
 Kernels kernels_of(int components, bool channels_last, Mode mode) {
+  if (mode == Mode::kJoint && components > 1)
+    return channels_last ? kernels_of_joint<E, true>(components) : kernels_of_joint<E, false>(components);
   if (mode == Mode::kGroups)
     return channels_last ? kernels_of_groups<E, true>(components) : kernels_of_groups<E, false>(components);
   return channels_last ? kernels_of_channels<E, true>(components) : kernels_of_channels<E, false>(components);

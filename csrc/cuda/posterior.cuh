@@ -8,7 +8,7 @@ namespace cbn {
 
 // The channel's mixture weighs (eqs 8-9), by log-odds against the widest component, which is kept first.
 struct ChannelPosterior {
-  static constexpr bool kGiven = false;
+  static constexpr bool kGiven = false, kConstant = false;
 
   // The place of component m of channel j, or the component at place m.
   template <class C>
@@ -75,7 +75,7 @@ struct ChannelPosterior {
     __device__ __forceinline__ S operator()(int v, S z, S (&e)[M]) const {
       return responsibilities<kBounded>(odds[C::kChannelsLast ? v : 0], z, e);
     }
-    __device__ __forceinline__ S covariance(int v, const S (&p)[M], S z, const S (&f)[M]) const {
+    __device__ __forceinline__ S covariance(int v, const S (&p)[M], S z, const S (&f)[M]) {
       return cbn::covariance<kBounded>(odds[C::kChannelsLast ? v : 0], p, z, f);
     }
   };
@@ -83,7 +83,7 @@ struct ChannelPosterior {
 
 // The group of the point's image weighs (eqs 17-18): 1 for that component. A constant, whose gradient is 0.
 struct GroupPosterior {
-  static constexpr bool kGiven = true;
+  static constexpr bool kGiven = true, kConstant = true;
 
   template <class C>
   static __device__ __forceinline__ int place(const Shared<C>&, int m, int) {
@@ -121,7 +121,84 @@ struct GroupPosterior {
       for (int m = 0; m < M; ++m) e[m] = m == group[v] ? S(1) : S(0);
       return S(1);
     }
-    __device__ __forceinline__ S covariance(int, const S (&)[M], S, const S (&)[M]) const { return S(0); }
+    __device__ __forceinline__ S covariance(int, const S (&)[M], S, const S (&)[M]) { return S(0); }
+  };
+};
+
+// Joint mode: the points' weights are read, [M, P], and so is the gradient of their logarithms.
+struct JointPosterior {
+  static constexpr bool kGiven = true, kConstant = false;
+
+  template <class C>
+  static __device__ __forceinline__ int place(const Shared<C>&, int m, int) {
+    return m;
+  }
+
+  template <Pass pass, class C>
+  static __device__ __forceinline__ bool prepare(const Block<C>& block, const Shared<C>& shared) {
+    for (int j = threadIdx.x; j < shared.K; j += blockDim.x) shared.origin[j] = origin_of<C, pass>(block, j);
+    __syncthreads();
+    for_each_place(block, shared, [&](int m, int j, bool exists) {
+      Parabola density{};
+      if (pass == Pass::kInputGradient && exists)
+        density = parabola(Component<typename C::S>{block.a, m * block.a.channels + block.first_channel + j}.density(),
+                           shared.origin[j]);
+      shared.store(0, m, j, density);
+    });
+    __syncthreads();
+    return false;
+  }
+
+  template <class C, bool>
+  struct Weights {
+    using S = typename C::S;
+    static constexpr int M = C::M;
+    static constexpr int kPoints = C::kChannelsLast ? 1 : C::V;  // of a chunk
+    const Arguments& a;
+    const int64_t begin;
+    const bool whole;  // chunks lie together and aligned in the rows of weights
+    int64_t point;
+    int count;
+    S p[kPoints][M], q[kPoints][M];
+    LogOdds<S, M> densities[C::kChannels];
+
+    __device__ __forceinline__ Weights(const Block<C>& block, const Shared<C>& shared)
+        : a(block.a), begin(block.begin), whole(block.a.points() % kPoints == 0) {
+      load_coefficients(block, shared, 0, densities);
+    }
+    __device__ __forceinline__ void move_to(const Walk<C>& walk) {
+      point = begin + walk.point;
+      count = C::kChannelsLast ? walk.count() > 0 : walk.count();
+      load(a.posterior, p);
+    }
+    __device__ __forceinline__ S operator()(int v, S, S (&e)[M]) const {
+      CBN_UNROLL
+      for (int m = 0; m < M; ++m) e[m] = p[C::kChannelsLast ? 0 : v][m];
+      return S(1);
+    }
+    __device__ __forceinline__ S covariance(int v, const S (&)[M], S z, const S (&)[M]) {
+      if (v == 0) load(a.posterior_gradient, q);
+      return joint_covariance(densities[C::kChannelsLast ? v : 0], q[C::kChannelsLast ? 0 : v], z);
+    }
+
+    // A number of each component and point of the chunk; 0 where there is none.
+    __device__ __forceinline__ void load(const void* from, S (&to)[kPoints][M]) const {
+      CBN_UNROLL
+      for (int m = 0; m < M; ++m) {
+        const S* row = static_cast<const S*>(from) + m * a.points() + point;
+        const int elements = m < a.components ? count : 0;
+        Pack<S, kPoints> values{};
+        if (whole && elements > 0) {
+          values = *reinterpret_cast<const Pack<S, kPoints>*>(row);
+        } else {
+          CBN_UNROLL
+          for (int v = 0; v < kPoints; ++v)
+            if (v < elements) values.element[v] = row[v];
+        }
+        CBN_UNROLL
+        for (int v = 0; v < kPoints; ++v) to[v][m] = values.element[v];
+      }
+    }
   };
 };
 

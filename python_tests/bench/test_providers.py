@@ -9,7 +9,7 @@ import torch
 import cbn_ext
 from bench import cases, providers
 from bench.cases import ADD_RELU, RELU, Case, WrongResultError, check, expected_results, make_problem
-from bench.providers import BATCHNORM, OURS, PROVIDERS, REFERENCE, SPLIT
+from bench.providers import BATCHNORM, JOINT, OURS, PROVIDERS, REFERENCE, SPLIT
 from cbn_ext import Mode, Options, reference
 
 SMALL = Case((4, 6, 5, 5))
@@ -55,9 +55,10 @@ def test_groups_are_of_one_size_and_in_no_order():
     assert groups.diff().unique().numel() > 3
 
 
-def test_results_without_the_groups_are_not_those_of_split_mode():
+@pytest.mark.parametrize("mode", [Mode.GROUPS, Mode.JOINT])
+def test_results_of_a_mixture_for_each_channel_are_not_those_of_another_mode(mode):
     problem = make_problem(SMALL)
-    expected = expected_results(problem, split=True)
+    expected = expected_results(problem, mode=mode)
     actual = providers.set_up(OURS, problem).results()
     with pytest.raises(WrongResultError, match="y differs"):
         check(OURS, problem.case, actual, expected)
@@ -95,6 +96,7 @@ def test_compiled_providers_are_compiled(provider):
         (OURS + RELU, 4),
         (OURS + ADD_RELU, 4),
         (OURS + SPLIT, 4),
+        (OURS + JOINT, 4),
         (BATCHNORM, 1),
         (BATCHNORM + RELU, 1),
         (BATCHNORM + ADD_RELU, 1),
@@ -108,7 +110,7 @@ def test_every_provider_passes_the_check_and_keeps_its_running_statistics(provid
     check(provider, problem.case, [workload.evaluate()], [cases.expected_evaluation(problem, operation)])
     assert workload.layer.training
     actual = workload.results()
-    expected = expected_results(problem, operation, workload.provider.split, actual[0])
+    expected = expected_results(problem, operation, workload.provider.mode, actual[0])
     assert len(actual) == len(expected) == (5 if operation == ADD_RELU else 4)
     check(provider, problem.case, actual, expected, operation)
     kept = workload.layer.running_mean.reshape(components, -1)

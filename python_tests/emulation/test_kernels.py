@@ -9,7 +9,8 @@ import torch
 
 from python_tests.emulation.build import CSRC, build, run_python
 from python_tests.emulation.table import failures, run_table
-from python_tests.support.cases import CUDA_CASES, Case
+from python_tests.support.cases import CASES as CASE_TABLE
+from python_tests.support.cases import Case
 
 # Multiprocessors, bytes of shared memory of a block, the largest cluster that can run; and the planner's limit.
 DEVICES = {
@@ -19,18 +20,18 @@ DEVICES = {
 }
 CHANNELS = 2
 # Each compiled number of components for each posterior, type and layout, and points for several blocks.
-COMPILED = {"channel": (1, 2, 4, 8, 16), "split": (4, 8, 16)}
+COMPILED = {"channel": (1, 2, 4, 8, 16), "split": (4, 8, 16), "joint": (4, 8, 16)}
 INSTANCES = [
     Case((3, CHANNELS, 47, 43), components, mode, dtype=dtype, layout=layout, activation="relu", residual=True)
     for mode in COMPILED
     for components in COMPILED[mode]
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     for layout in ("contiguous", "channels_last")
-    if (mode, dtype) != ("split", torch.float64) or components == 16
+    if mode == "channel" or dtype != torch.float64 or components == 16
 ]
 # More splits of a stream than a warp has threads to merge them.
 MANY_SPLITS = Case((9, 1, 128, 128), 2)
-CASES = [*CUDA_CASES, *INSTANCES, Case((13, 1, 31, 33)), Case((13, 1, 31, 33), layout="channels_last"), MANY_SPLITS]
+CASES = [*CASE_TABLE, *INSTANCES, Case((13, 1, 31, 33)), Case((13, 1, 31, 33), layout="channels_last"), MANY_SPLITS]
 
 
 @functools.cache
@@ -55,7 +56,7 @@ def test_matches_the_oracle(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_same_bits_in_any_order_of_threads_and_blocks(device):
-    first = table(device).results[len(CUDA_CASES) :]
+    first = table(device).results[len(CASE_TABLE) :]
     again = instances_in_another_order(device)
     assert not again.process_error
     for case, one, other in zip(INSTANCES, first, again.results, strict=False):
@@ -68,7 +69,12 @@ def test_every_compiled_kernel_runs():
     compiled = {symbol for symbol in symbols if re.match(r"_ZN3cbn\d+\w+_kernel", symbol)}
     resident = {symbol for symbol in compiled if "resident_kernel" in symbol}
     streaming = {symbol for symbol in compiled if "reduce_kernel" in symbol or "map_kernel" in symbol}
-    assert len(resident) == 2 * len(INSTANCES) and len(streaming) == 4 * len(INSTANCES)
+    of_points = (
+        compiled - resident - streaming - {symbol for symbol in compiled if re.search("finish|for_each", symbol)}
+    )
+    joint = sum(case.mode == "joint" for case in INSTANCES)
+    assert len(resident) == 2 * (len(INSTANCES) - joint) and len(streaming) == 4 * len(INSTANCES)
+    assert len(of_points) == 5 * joint
 
     launches = {device: table(device).launches for device in DEVICES}
     by_themselves = {line.split()[0] for line in passes_by_themselves().splitlines() if line}
@@ -200,7 +206,7 @@ def test_either_number_of_chunks_ahead_gives_the_same_bits(layout, ahead):
     cases = [
         case for case in INSTANCES if case.dtype != torch.float64 and case.layout == layout and case.components == 4
     ]
-    usual = table("streaming").results[len(CUDA_CASES) :]
+    usual = table("streaming").results[len(CASE_TABLE) :]
     usual = [result for case, result in zip(INSTANCES, usual, strict=False) if case in cases]
     again = run_table(library(), cases, {**DEVICES["streaming"], "CBN_CUDA_AHEAD": ahead})
     assert not again.process_error

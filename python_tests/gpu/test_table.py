@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from python_tests.support.cases import CUDA_CASES, Case, Results, assert_results, expected, run
+from python_tests.support.cases import CASES, Case, Results, assert_results, expected, run
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
-@pytest.mark.parametrize("case", CUDA_CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_path_matches_oracle(case, path):
     assert_results(run(case, "native", "cuda"), expected(case), case)
 
 
-@pytest.mark.parametrize("case", CUDA_CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_reference(case):
     assert_results(run(case, "native", "cuda"), run(case, "reference", "cuda"), case, storage_roundings=2)
 

@@ -262,7 +262,7 @@ def test_nan_spreads_in_training_as_it_does_without(backend):
 @residuals
 @paths
 def test_saved_for_backward(backend, dtype, layout, responsibility, activation, residual, path):
-    """x, for a ReLU of a sum one bit per element, in joint mode M numbers a point; neither the residual nor an output."""
+    """x, for a ReLU of a sum one bit an element, in joint mode M numbers a point; no residual, no output."""
     x, added = (with_layout(torch.randn(16, 12, 15, 15).to(dtype), layout).requires_grad_() for _ in range(2))
     layer = CompoundBatchNormAct2d(12, responsibility=responsibility, activation=activation)
     layer.train(path != "evaluation")

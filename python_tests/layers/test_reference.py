@@ -24,7 +24,9 @@ def test_forward_returns_the_batch_statistics(mode, data):
     x, _, _, groups, prior, mean, var, weight, bias = case.arguments()
     responsibility = "joint" if mode == "joint" else "channel"
     options = Options(MODES[mode], True, False, False, EPS)
-    y, _, _, (mass, batch_mean, batch_var), _ = reference.forward(x, None, groups, prior, mean, var, weight, bias, options)
+    y, _, _, (mass, batch_mean, batch_var), _ = reference.forward(
+        x, None, groups, prior, mean, var, weight, bias, options
+    )
     step = oracle.train_step(x, prior, mean, var, weight, bias, groups=groups, eps=EPS, responsibility=responsibility)
     assert_close(y, step.y, "output", x.dtype)
     for actual, wanted in ((mass, step.mass), (batch_mean, step.mean), (batch_var, step.var)):

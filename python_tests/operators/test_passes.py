@@ -72,7 +72,11 @@ CASES += [Case((8, 6, 5, 7), detach=True), Case((8, 6)), Case((8, 6), 2, "split"
 CASES += [Case((8, 6, 5, 7), mode="joint", detach=True), Case((8, 6), 2, "joint")]
 
 
-@pytest.mark.parametrize("case", [*CASES, Case((16, 8, 56, 56)), Case((16, 8, 56, 56), mode="split"), Case((16, 8, 56, 56), mode="joint")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, Case((16, 8, 56, 56)), Case((16, 8, 56, 56), mode="split"), Case((16, 8, 56, 56), mode="joint")],
+    ids=str,
+)
 def test_equal_the_fused_operators(case):
     y, mask, running, batch, posterior = OPS.forward(*forward_arguments(case))
     grads = OPS.backward(*backward_arguments(case))

@@ -341,5 +341,3 @@ def _fused(modes: list[Case], shapes: list[tuple[int, ...]]) -> list[Case]:
 
 
 CASES = _table()
-# What the CUDA operators serve.
-CUDA_CASES = [case for case in CASES if case.mode != "joint"]

@@ -12,7 +12,7 @@ from bench import cpu
 from bench.__main__ import RESULTS, main
 from bench.cases import Case, WrongResultError
 from bench.harness import BOTH, DIRECTIONS, FORWARD, MemoryRow, Summary, TimeRow
-from bench.providers import BATCHNORM, COMPILED, OURS, REFERENCE, SPLIT, Comparison
+from bench.providers import BATCHNORM, COMPILED, JOINT, OURS, REFERENCE, SPLIT, Comparison
 from bench.report import Table, Target, read_csv, read_environment, write_csv
 
 ENVIRONMENT = {
@@ -113,7 +113,7 @@ def test_comparison_gives_a_row_for_each_member_and_direction(monkeypatch):
 
 def test_targets_take_geometric_means_over_shapes_of_mixed_forward_and_backward():
     members = {(OURS, 4): 4.0, (OURS, 1): 2.0, (BATCHNORM, 1): 2.0}
-    members |= {(REFERENCE, 4): 40.0, (REFERENCE + COMPILED, 4): 36.0}
+    members |= {(REFERENCE, 4): 40.0, (REFERENCE + COMPILED, 4): 36.0, (OURS + JOINT, 4): 5.0}
     times, memory = [], []
     for shape, factor in (("a", 1.0), ("b", 4.0)):
         for layout in ("contiguous", "channels_last"):
@@ -136,6 +136,8 @@ def test_targets_take_geometric_means_over_shapes_of_mixed_forward_and_backward(
         "time, cbn_ext M=4 / BatchNorm2d, channels_last": (pytest.approx(4.0), False),
         "time, cbn_ext M=1 / BatchNorm2d, contiguous": (pytest.approx(1.0), True),
         "time, cbn_ext M=1 / BatchNorm2d, channels_last": (pytest.approx(1.0), True),
+        "time, cbn_ext joint M=4 / BatchNorm2d, contiguous": (pytest.approx(2.5), False),
+        "time, cbn_ext joint M=4 / BatchNorm2d, channels_last": (pytest.approx(2.5), True),
         "time, reference / cbn_ext, M=4": (pytest.approx(5.0), False),
         "time, reference compiled / cbn_ext, M=4": (pytest.approx(4.5), False),
         memory_what + "allocated beyond input and output": (pytest.approx(1.5), False),
@@ -152,7 +154,7 @@ def test_a_target_is_met_at_its_limit(value, relation, met):
 
 
 def test_report_writes_files_named_after_the_machine(tmp_path):
-    members = ((OURS, 4), (BATCHNORM, 1), (OURS, 1), (REFERENCE, 4), (REFERENCE + COMPILED, 4))
+    members = ((OURS, 4), (BATCHNORM, 1), (OURS, 1), (OURS + JOINT, 4), (REFERENCE, 4), (REFERENCE + COMPILED, 4))
     times = [
         time_row(provider=provider, M=m, layout=layout, direction=direction)
         for layout in ("contiguous", "channels_last")

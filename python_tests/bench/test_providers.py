@@ -106,11 +106,13 @@ def test_compiled_providers_are_compiled(provider):
 def test_every_provider_passes_the_check_and_keeps_its_running_statistics(provider, components, layout, data):
     problem = make_problem(replace(SMALL, components=components, layout=layout, data=data))
     workload = providers.set_up(provider, problem)
-    operation = workload.provider.operation
-    check(provider, problem.case, [workload.evaluate()], [cases.expected_evaluation(problem, operation)])
+    operation, mode = workload.provider.operation, workload.provider.mode
+    # Without groups, evaluation is that of the mixture.
+    mixture = Mode.CHANNEL if mode is Mode.GROUPS else mode
+    check(provider, problem.case, [workload.evaluate()], [cases.expected_evaluation(problem, operation, mixture)])
     assert workload.layer.training
     actual = workload.results()
-    expected = expected_results(problem, operation, workload.provider.mode, actual[0])
+    expected = expected_results(problem, operation, mode, actual[0])
     assert len(actual) == len(expected) == (5 if operation == ADD_RELU else 4)
     check(provider, problem.case, actual, expected, operation)
     kept = workload.layer.running_mean.reshape(components, -1)
@@ -121,7 +123,7 @@ def test_expected_results_do_not_depend_on_the_blocks():
     problem = make_problem(SMALL)
     output = torch.randn_like(problem.x)
     for operation in cases.OPERATIONS:
-        whole, blocks = (expected_results(problem, operation, False, output, n) for n in (10**6, 200))
+        whole, blocks = (expected_results(problem, operation, Mode.CHANNEL, output, n) for n in (10**6, 200))
         for one, other in zip(whole, blocks, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 

@@ -12,18 +12,30 @@ from python_tests.emulation.table import failures, run_table
 from python_tests.emulation.test_kernels import DEVICES, MANY_SPLITS
 from python_tests.support.cases import Case
 
-# The kernels of one posterior, type and number of components, for both layouts.
+# The kernels of two modes, one type and number of components, for both layouts; a source for each mode.
 FEW = """
 #include "cuda/kernels.cuh"
 
 namespace cbn {
-Kernels kernels_float(int, bool channels_last, Mode) {
+Kernels few_joint_kernels(bool channels_last);
+Kernels kernels_float(int, bool channels_last, Mode mode) {
+  if (mode == Mode::kJoint) return few_joint_kernels(channels_last);
   return channels_last ? kernels_for<Config<float, 4, true, ChannelPosterior>>()
                        : kernels_for<Config<float, 4, false, ChannelPosterior>>();
 }
 Kernels kernels_double(int, bool, Mode) { return {}; }
 Kernels kernels_half(int, bool, Mode) { return {}; }
 Kernels kernels_bfloat16(int, bool, Mode) { return {}; }
+}  // namespace cbn
+"""
+JOINT = """
+#include "cuda/kernels.cuh"
+
+namespace cbn {
+Kernels few_joint_kernels(bool channels_last) {
+  return channels_last ? joint_kernels_for<Config<float, 4, true, JointPosterior>>()
+                       : joint_kernels_for<Config<float, 4, false, JointPosterior>>();
+}
 }  // namespace cbn
 """
 SHAPE = (3, 2, 47, 43)
@@ -35,6 +47,12 @@ CASES = tuple(
         (True, "equal", False),
         (False, "mixed", False),
     )
+)
+# More channels than a block's warps add up between two flushes, and points that fill no block.
+JOINT_CASES = tuple(
+    Case((3, 300, 3, 13), mode="joint", layout=layout, activation="relu", residual=residual)
+    for layout in ("contiguous", "channels_last")
+    for residual in (True, False)
 )
 
 
@@ -184,26 +202,74 @@ MUTATIONS = [
         "streaming",
         OUT_OF_BOUNDS + "|for an address in the block's shared memory",
     ),
+    Mutation(
+        "no barrier before the points' sums are merged",
+        "joint.cuh",
+        "  __syncthreads();\n  for (int number",
+        "  for (int number",
+        "streaming",
+        WRONG,
+        JOINT_CASES,
+    ),
+    Mutation(
+        "no merge of the warps' channels",
+        "joint.cuh",
+        "totals[m] += block.total(number, m, part);",
+        "totals[m] = block.total(number, m, part);",
+        "streaming",
+        WRONG,
+        JOINT_CASES,
+    ),
+    Mutation(
+        "no merge of what is flushed",
+        "joint.cuh",
+        "block.total(block.number(k), m, block.warp) += ",
+        "block.total(block.number(k), m, block.warp) = ",
+        "streaming",
+        WRONG,
+        JOINT_CASES,
+    ),
+    Mutation(
+        "points beyond the last one",
+        "joint.cuh",
+        "    if (block.first + number >= a.points()) continue;\n",
+        "",
+        "streaming",
+        WRONG + "|" + OUT_OF_BOUNDS,
+        JOINT_CASES,
+    ),
+    Mutation(
+        "weights of the component before",
+        "posterior.cuh",
+        "const S* row = static_cast<const S*>(from) + m * a.points() + point;",
+        "const S* row = static_cast<const S*>(from) + (m ? m - 1 : 0) * a.points() + point;",
+        "streaming",
+        WRONG,
+        JOINT_CASES,
+    ),
 ]
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """The library of the kernels as they are, and its objects by the name of their source."""
-    source = tmp_path_factory.mktemp("few") / "few.cu"
-    source.write_text(FEW)
-    library = build("few", [CSRC / "cuda" / "compound_norm.cu", source])
-    return library, source, {path.name.removesuffix(".o"): path for path in library.parent.glob("*.o")}
+    """The library of the kernels as they are, its sources, and its objects by the name of their source."""
+    folder = tmp_path_factory.mktemp("few")
+    sources = folder / "few.cu", folder / "few_joint.cu"
+    for source, code in zip(sources, (FEW, JOINT), strict=True):
+        source.write_text(code)
+    library = build("few", [CSRC / "cuda" / "compound_norm.cu", *sources])
+    return library, sources, {path.name.removesuffix(".o"): path for path in library.parent.glob("*.o")}
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_kernels_as_they_are_pass(few, device):
-    assert failures(CASES, run_table(few[0], CASES, DEVICES[device])) == []
+    cases = (*CASES, *JOINT_CASES)
+    assert failures(cases, run_table(few[0], cases, DEVICES[device])) == []
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_the_table_fails(few, mutation, tmp_path):
-    _, source, objects = few
+    _, (source, joint), objects = few
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
     file = csrc / "cuda" / mutation.file
@@ -213,6 +279,7 @@ def test_the_table_fails(few, mutation, tmp_path):
 
     # What the mutation does not touch is linked as it is.
     host = csrc / "cuda" / "compound_norm.cu"
+    source = joint if mutation.cases is JOINT_CASES else source
     changed = {"finish.cuh": [host], "launch.h": [host, source]}.get(mutation.file, [source])
     unchanged = [path for name, path in objects.items() if name not in {path.name for path in changed}]
     mutant = build("mutant", changed, csrc, unchanged)

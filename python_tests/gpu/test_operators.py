@@ -24,6 +24,9 @@ CASES = [
     Case(shape=(19, 3), layout="channels_last"),
     Case(layout="transposed"),
     Case(shape=(0, 3, 4, 4)),
+    Case(mode="joint"),
+    Case(mode="joint", training=False, layout="channels_last", dtype=torch.bfloat16),
+    Case(shape=(3, 300, 3, 13), mode="joint"),
 ]
 FUSED = {"activation": "relu", "residual": True}
 
@@ -36,7 +39,7 @@ def test_opcheck(case, fused):
     torch.library.opcheck(OPS.backward.default, backward_arguments(case, "cuda"))
 
 
-@pytest.mark.parametrize("mode", ["channel", "split"])
+@pytest.mark.parametrize("mode", ["channel", "split", "joint"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_opcheck_update_running(mode, dtype):
     x, _, _, prior, mean, var, *_ = arguments = forward_arguments(Case(mode=mode, dtype=dtype), "cuda")
@@ -47,7 +50,9 @@ def test_opcheck_update_running(mode, dtype):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
-    ("mode", "training"), [("channel", True), ("channel", False), ("split", True)], ids=["train", "eval", "split"]
+    ("mode", "training"),
+    [("channel", True), ("channel", False), ("split", True), ("joint", True), ("joint", False)],
+    ids=["train", "eval", "split", "joint", "joint-eval"],
 )
 @pytest.mark.parametrize("fused", [{}, {"activation": "relu"}, FUSED], ids=["plain", "relu", "fused"])
 def test_derivatives(fused, mode, training, layout):
@@ -58,9 +63,10 @@ def test_derivatives(fused, mode, training, layout):
     def function(x, weight, bias, residual=None):
         state = [t.clone() for t in running]
         options = {"residual": residual, "activation": case.activation}
+        responsibility = "joint" if mode == "joint" else "channel"
         if mode == "split":
             return split_batch_norm(x, groups, *state[1:], weight, bias, MOMENTUM, EPS, **options)
-        return compound_batch_norm(x, *state, weight, bias, training, MOMENTUM, EPS, **options)
+        return compound_batch_norm(x, *state, weight, bias, training, MOMENTUM, EPS, responsibility, **options)
 
     inputs = [t for t in (x, weight, bias, residual) if t is not None]
     assert torch.autograd.gradcheck(function, inputs)

@@ -16,12 +16,12 @@ from bench.sass.tools import cuobjdump
 
 ARCHITECTURES = ["sm_" + arch.removesuffix("+PTX").replace(".", "") for arch in cbn_ext.build_info()["cuda_archs"]]
 TYPES = ["f", "d", "N3c104HalfE", "N3c108BFloat16E"]  # of elements, as they are mangled
-COMPONENTS = {"Channel": [1, 2, 4, 8, 16], "Group": [4, 8, 16]}  # by posterior
+COMPONENTS = {"Channel": [1, 2, 4, 8, 16], "Group": [4, 8, 16], "Joint": [4, 8, 16]}  # by posterior
 INSTANCES = {
     (dtype, components, channels_last, posterior)
     for posterior, numbers in COMPONENTS.items()
     for dtype, components, channels_last in product(TYPES, numbers, [False, True])
-    if (posterior, dtype) != ("Group", "d") or components == 16
+    if posterior == "Channel" or dtype != "d" or components == 16
 }
 REGISTERS_OF_MULTIPROCESSOR = 65536
 
@@ -94,7 +94,9 @@ def test_every_kernel_is_there_for_every_architecture():
         kernels[found.architecture, found.instance].add(found.name)
     assert set(kernels) == set(product(ARCHITECTURES, INSTANCES))
     assert ARCHITECTURES or "; CPU only: " in cbn_ext.build_info()["resolved"]
-    assert len({frozenset(names) for names in kernels.values()}) <= 1
+    for joint in (False, True):  # which has kernels of its own, and does not keep values on chip
+        names = [frozenset(of) for (_, instance), of in kernels.items() if (instance[3] == "Joint") == joint]
+        assert len(set(names)) <= 1
 
 
 def test_nothing_spills_up_to_8_components():

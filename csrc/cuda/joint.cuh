@@ -144,8 +144,8 @@ __global__ void __launch_bounds__(kPointThreads, 1) weigh_kernel(const __grid_co
 }
 
 // The gradient of the log-odds [M, P]: q_m = p_m (F_m - sum_k p_k F_k).
-template <class C>
-__global__ void __launch_bounds__(kPointThreads, 1) differentiate_weights_kernel(const __grid_constant__ Arguments a) {
+template <class C, bool kRelu>
+__device__ __forceinline__ void differentiate_weights(const Arguments& a) {
   using S = typename C::S;
   constexpr int M = C::M;
   const int64_t P = a.points();
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kPointThreads, 1) differentiate_weights_kernel
       a,
       [&](S(&sums)[M], const InputGradient<S, M>& rows, S z, int64_t at, int64_t channel, int64_t point) {
         S g = static_cast<S>(static_cast<const typename C::Element*>(a.grad)[at]), p[M] = {}, f[M];
-        if (a.relu) {
+        if (kRelu) {
           bool passed;
           if (a.mask) {
             const int64_t bit = C::kChannelsLast ? at : channel * P + point;
@@ -181,6 +181,11 @@ __global__ void __launch_bounds__(kPointThreads, 1) differentiate_weights_kernel
             static_cast<S*>(a.posterior_gradient)[m * P + point] =
                 static_cast<S>(static_cast<double>(weight(m, point)) * (totals[m] - mean));
       });
+}
+
+template <class C>
+__global__ void __launch_bounds__(kPointThreads, 1) differentiate_weights_kernel(const __grid_constant__ Arguments a) {
+  a.relu ? differentiate_weights<C, true>(a) : differentiate_weights<C, false>(a);
 }
 
 // Sums over the channels of a component, in a fixed order: of its peaks, the prior's counted once, and of its squared

@@ -81,22 +81,24 @@ struct Chunks {
 };
 
 // The element loops have three forms. Most layers take the plain one: bounded odds, whole chunks, nothing fused. The
-// others decide at run time what else is to be done, with bounded odds or without. Given weights have one form.
+// others decide at run time what else is to be done, with bounded odds or without. Given weights have no odds.
 struct Form {
   bool bounded, plain;
 
   template <class C>
   __device__ __forceinline__ Form(const Block<C>& block, bool bounded)
-      : bounded(bounded), plain(bounded && block.a.piece == C::V && !block.a.relu && !block.a.residual) {}
+      : bounded(bounded),
+        plain((bounded || C::Posterior::kGiven) && block.a.piece == C::V && !block.a.relu && !block.a.residual) {}
 
   // Calls run(bool_constant<bounded>, bool_constant<plain>).
   template <class C, class Run>
   __device__ __forceinline__ void choose(Run run) const {
-    if constexpr (!C::Posterior::kGiven) {
-      if (plain) return run(std::true_type{}, std::true_type{});
+    using P = typename C::Posterior;
+    if constexpr (P::kHasPlainForm)
+      if (plain) return run(std::bool_constant<!P::kGiven>{}, std::true_type{});
+    if constexpr (!P::kGiven)
       if (C::M == 1 || bounded) return run(std::true_type{}, std::false_type{});
-    }
-    if constexpr (C::Posterior::kGiven || C::M > 1) run(std::false_type{}, std::false_type{});
+    if constexpr (P::kGiven || C::M > 1) run(std::false_type{}, std::false_type{});
   }
 };
 
@@ -127,7 +129,7 @@ __device__ __forceinline__ void reduce(const Block<C>& block, const Shared<C>& s
   chunks.template for_each<kPlain>([&](const Walk<C>& walk, const Chunk& x, const Chunk& grad, Chunk*) {
     const int count = walk.template count<kPlain>();
     if (count == 0) return;
-    e_step.weights.move_to(walk);
+    e_step.weights.template move_to<kPlain>(walk);
     const unsigned bits = !kPlain && pass == Pass::kGradientSums && a.mask ? walk.load_mask() : 0;
     CBN_UNROLL
     for (int v = 0; v < C::V; ++v) {
@@ -162,7 +164,7 @@ __device__ __forceinline__ void normalise(const Block<C>& block, const Shared<C>
   load_coefficients(block, shared, kRowsOfPosterior, branches);
   chunks.template for_each<kPlain>([&](const Walk<C>& walk, const Chunk& x, const Chunk& residual, Chunk* slot) {
     const int count = walk.template count<kPlain>();
-    e_step.weights.move_to(walk);
+    e_step.weights.template move_to<kPlain>(walk);
     Chunk out;
     unsigned bits = 0;
     CBN_UNROLL
@@ -198,7 +200,7 @@ __device__ __forceinline__ void differentiate(const Block<C>& block, const Share
   load_coefficients(block, shared, kRowsOfPosterior, coefficients);
   chunks.template for_each<kPlain>([&](const Walk<C>& walk, const Chunk& x, const Chunk& grad, Chunk* slot) {
     if (walk.template count<kPlain>() == 0) return;
-    e_step.weights.move_to(walk);
+    e_step.weights.template move_to<kPlain>(walk);
     const unsigned bits = !kPlain && a.mask ? walk.load_mask() : 0;
     Chunk out, gated;
     CBN_UNROLL
@@ -216,7 +218,7 @@ __device__ __forceinline__ void differentiate(const Block<C>& block, const Share
       }
       gated.element[v] = static_cast<E>(g);
       S grad_x = direct_gradient(coefficients[channel], p, z, g, f);
-      if (!constant) grad_x += e_step.weights.covariance(v, p, z, f);
+      if (!constant) grad_x += e_step.weights.template covariance<kPlain>(v, p, z, f);
       out.element[v] = static_cast<E>(grad_x);
     }
     walk.template store<kPlain>(a.out, out, slot);

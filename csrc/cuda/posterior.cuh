@@ -8,7 +8,7 @@ namespace cbn {
 
 // The channel's mixture weighs (eqs 8-9), by log-odds against the widest component, which is kept first.
 struct ChannelPosterior {
-  static constexpr bool kGiven = false, kConstant = false;
+  static constexpr bool kGiven = false, kConstant = false, kHasPlainForm = true;
 
   // The place of component m of channel j, or the component at place m.
   template <class C>
@@ -71,10 +71,12 @@ struct ChannelPosterior {
     __device__ __forceinline__ Weights(const Block<C>& block, const Shared<C>& shared) {
       load_coefficients(block, shared, 0, odds);
     }
+    template <bool kPlain>
     __device__ __forceinline__ void move_to(const Walk<C>&) {}
     __device__ __forceinline__ S operator()(int v, S z, S (&e)[M]) const {
       return responsibilities<kBounded>(odds[C::kChannelsLast ? v : 0], z, e);
     }
+    template <bool kPlain>
     __device__ __forceinline__ S covariance(int v, const S (&p)[M], S z, const S (&f)[M]) {
       return cbn::covariance<kBounded>(odds[C::kChannelsLast ? v : 0], p, z, f);
     }
@@ -83,7 +85,7 @@ struct ChannelPosterior {
 
 // The group of the point's image weighs (eqs 17-18): 1 for that component. A constant, whose gradient is 0.
 struct GroupPosterior {
-  static constexpr bool kGiven = true, kConstant = true;
+  static constexpr bool kGiven = true, kConstant = true, kHasPlainForm = false;
 
   template <class C>
   static __device__ __forceinline__ int place(const Shared<C>&, int m, int) {
@@ -106,6 +108,7 @@ struct GroupPosterior {
     const Arguments& a;
 
     __device__ __forceinline__ Weights(const Block<C>& block, const Shared<C>&) : a(block.a) {}
+    template <bool kPlain>
     __device__ __forceinline__ void move_to(const Walk<C>& walk) {
       CBN_UNROLL
       for (int v = 0; v < C::V; ++v) group[v] = -1;
@@ -121,13 +124,16 @@ struct GroupPosterior {
       for (int m = 0; m < M; ++m) e[m] = m == group[v] ? S(1) : S(0);
       return S(1);
     }
-    __device__ __forceinline__ S covariance(int, const S (&)[M], S, const S (&)[M]) { return S(0); }
+    template <bool kPlain>
+    __device__ __forceinline__ S covariance(int, const S (&)[M], S, const S (&)[M]) {
+      return S(0);
+    }
   };
 };
 
 // Joint mode: the points' weights are read, [M, P], and so is the gradient of their logarithms.
 struct JointPosterior {
-  static constexpr bool kGiven = true, kConstant = false;
+  static constexpr bool kGiven = true, kConstant = false, kHasPlainForm = true;
 
   template <class C>
   static __device__ __forceinline__ int place(const Shared<C>&, int m, int) {
@@ -166,34 +172,38 @@ struct JointPosterior {
         : a(block.a), begin(block.begin), whole(block.a.points() % kPoints == 0) {
       load_coefficients(block, shared, 0, densities);
     }
+    template <bool kPlain>
     __device__ __forceinline__ void move_to(const Walk<C>& walk) {
       point = begin + walk.point;
-      count = C::kChannelsLast ? walk.count() > 0 : walk.count();
-      load(a.posterior, p);
+      const int elements = walk.template count<kPlain>();
+      count = C::kChannelsLast ? elements > 0 : elements;
+      load<kPlain>(a.posterior, p);
     }
     __device__ __forceinline__ S operator()(int v, S, S (&e)[M]) const {
       CBN_UNROLL
       for (int m = 0; m < M; ++m) e[m] = p[C::kChannelsLast ? 0 : v][m];
       return S(1);
     }
+    template <bool kPlain>
     __device__ __forceinline__ S covariance(int v, const S (&)[M], S z, const S (&)[M]) {
-      if (v == 0) load(a.posterior_gradient, q);
+      if (v == 0) load<kPlain>(a.posterior_gradient, q);
       return joint_covariance(densities[C::kChannelsLast ? v : 0], q[C::kChannelsLast ? 0 : v], z);
     }
 
-    // A number of each component and point of the chunk; 0 where there is none.
+    // A number of each component and point of the chunk, 0 where there is no point. Components that pad M have no
+    // coefficients: any number does.
+    template <bool kPlain>
     __device__ __forceinline__ void load(const void* from, S (&to)[kPoints][M]) const {
       CBN_UNROLL
       for (int m = 0; m < M; ++m) {
-        const S* row = static_cast<const S*>(from) + m * a.points() + point;
-        const int elements = m < a.components ? count : 0;
+        const S* row = static_cast<const S*>(from) + (m < a.components ? m : 0) * a.points() + point;
         Pack<S, kPoints> values{};
-        if (whole && elements > 0) {
-          values = *reinterpret_cast<const Pack<S, kPoints>*>(row);
+        if (kPlain || whole) {
+          if (count > 0) values = *reinterpret_cast<const Pack<S, kPoints>*>(row);
         } else {
           CBN_UNROLL
           for (int v = 0; v < kPoints; ++v)
-            if (v < elements) values.element[v] = row[v];
+            if (v < count) values.element[v] = row[v];
         }
         CBN_UNROLL
         for (int v = 0; v < kPoints; ++v) to[v][m] = values.element[v];

@@ -29,9 +29,13 @@ PLANNED = {
 }
 _COMPONENTS = 4
 
+_ARITHMETIC = ("FADD", "FMUL", "FFMA")
+
+Loop = tuple[Sequence[Instruction], int]
+
 _KERNEL = re.compile(
-    r"_ZN3cbn\d+(reduce|map|resident)_kernelINS_6ConfigI(f|N3c104HalfE|N3c108BFloat16E)Li(\d+)ELb([01])E"
-    r"NS_16ChannelPosteriorEEELNS_4PassE(\d)EEEv"
+    r"_ZN3cbn\d+(\w+)_kernelINS_6ConfigI(f|N3c104HalfE|N3c108BFloat16E)Li(\d+)ELb([01])E"
+    r"NS_\d+(Channel|Joint)PosteriorEEE(?:LNS_4PassE(\d)E)?EEv"
 )
 _DTYPES = {"f": ("float32", 4), "N3c104HalfE": ("float16", 2), "N3c108BFloat16E": ("bfloat16", 2)}
 #: By the number of a kernel's pass: the tensors like x it reads, and the rows of its loops that do not store, and that
@@ -41,6 +45,15 @@ _PASSES = {
     "1": (1, ["statistics"], ["normalise"]),
     "2": (2, ["backward reduction"], []),
     "3": (2, ["backward reduction"], ["input gradient, p detached", "input gradient"]),
+}
+#: The same of joint mode's kernels, by name and pass: the tensors like x, and the rows, of which none is on chip.
+_JOINT_PASSES = {
+    ("weigh", None): (1, ["joint weights"]),
+    ("reduce", "0"): (1, ["joint statistics"]),
+    ("map", "1"): (1, ["joint normalise"]),
+    ("reduce", "2"): (2, ["joint backward reduction"]),
+    ("differentiate_weights", None): (2, ["joint gradient of the weights"]),
+    ("map", "3"): (2, ["joint input gradient, p detached", "joint input gradient"]),
 }
 #: Of a kernel's loops: whether they fetch from memory, and whether they store.
 _LOOPS = {"reduce": [(True, False)], "map": [(True, True)], "resident": [(True, False), (False, True)]}
@@ -97,14 +110,20 @@ def find_library() -> Path:
 def rows_of(library: Path, arch: str) -> list[SassRow]:
     """The rows of every kernel with four components, in the order of their passes."""
     usage = registers(cuobjdump(library, "-res-usage", "-arch", arch))
-    wanted = [name for name in usage if (kernel := _KERNEL.match(name)) and int(kernel[3]) == _COMPONENTS]
+    wanted = [name for name in usage if (kernel := _KERNEL.match(name)) and is_counted(*kernel.groups())]
     if not wanted:
         raise RuntimeError(f"expected kernels of {_COMPONENTS} components for {arch} in {library}, found none")
     functions = parse(cuobjdump(library, "-sass", "-arch", arch, "-fun", ",".join(wanted)))
     rows = [row for name in wanted for row in rows_of_kernel(arch, name, functions[name], *usage[name])]
-    order = list(PLANNED)
+    order = [*PLANNED, *(name for _, names in _JOINT_PASSES.values() for name in names)]
     rows.sort(key=lambda row: (row.layout != "contiguous", row.dtype, row.path != "streaming", order.index(row.name)))
     return rows
+
+
+def is_counted(kind: str, _: str, components: str, last: str, posterior: str, number: str | None) -> bool:
+    """True for the kernels with rows: not for those that work on channels rather than on elements."""
+    known = (kind, number) in _JOINT_PASSES if posterior == "Joint" else kind in _LOOPS
+    return known and int(components) == _COMPONENTS
 
 
 def registers(lines: Iterable[str]) -> dict[str, tuple[int, int]]:
@@ -129,6 +148,27 @@ def plain_loops(code: Sequence[Instruction], loaded: int, stored: int) -> list[S
     return sorted(filter(is_plain, innermost_loops(code, "MUFU", "EX2")), key=len)
 
 
+def joint_loops(code: Sequence[Instruction], size: int, tensors: int, stored: int, points: int) -> list[Loop]:
+    """The plain loops of joint mode, which have no exponentials, with the elements of a turn, the shortest first.
+
+    Those over chunks copy them to shared memory. Those over the channels of some points load one element at a time, and
+    beside a channel's coefficients its origin.
+
+    size: bytes of an element. tensors: how many are loaded. stored: bytes of an element, or 0. points: of a thread.
+    """
+    found = []
+    for loop in innermost_loops(code, "LDGSTS", "E"):
+        elements = accessed(loop, "LDGSTS") // (size * tensors)
+        if elements and accessed(loop, "STG") == elements * stored:
+            found.append((loop, elements))
+    for loop in innermost_loops(code, "LDG", "128"):
+        narrow = count(loop, "LDG") - count(loop, "LDG", modifier="128")
+        if not count(loop, "LDGSTS") and narrow == points * tensors + 1:
+            found.append((loop, points))
+    plain = [pair for pair in found if count(pair[0], *_ARITHMETIC) >= 8 * pair[1] and not has_alternatives(pair[0])]
+    return sorted(plain, key=lambda pair: len(pair[0]))
+
+
 def elements_of(loop: Sequence[Instruction]) -> int:
     """Elements in one turn: with bounded log-odds one component needs no exponential."""
     return count(loop, "MUFU", modifier="EX2") // (_COMPONENTS - 1)
@@ -136,34 +176,48 @@ def elements_of(loop: Sequence[Instruction]) -> int:
 
 def rows_of_kernel(arch: str, name: str, code: list[Instruction], register_count: int, stack: int) -> Iterator[SassRow]:
     """A row for each plain loop: a turn executes all its instructions."""
-    kind, element, _, last, number = _KERNEL.match(name).groups()
+    kind, element, _, last, posterior, number = _KERNEL.match(name).groups()
     dtype, size = _DTYPES[element]
-    tensors, *labels = _PASSES[number]
-    for fetches, stores in _LOOPS[kind]:
-        wanted, loaded, stored = labels[stores], size * tensors * fetches, size * stores
-        loops = plain_loops(code, loaded, stored)
-        if len(loops) != len(wanted):
-            raise RuntimeError(
-                f"{name}, {arch}: expected {len(wanted)} plain loops that load {loaded} and store {stored} bytes an "
-                f"element ({'; '.join(wanted)}), found {len(loops)}"
-            )
-        for label, loop in zip(wanted, loops, strict=True):
-            elements = elements_of(loop)
-            yield SassRow(
-                arch=arch,
-                dtype=dtype,
-                layout="channels_last" if last == "1" else "contiguous",
-                path="on chip" if kind == "resident" else "streaming",
-                name=label,
-                instructions=len(loop) / elements,
-                mufu=count(loop, "MUFU") / elements,
-                memory=count(loop, "LDG", "LDGSTS", "STG") / elements,
-                shared=count(loop, "LDS", "STS") / elements,
-                bytes=loaded + stored,
-                elements=elements,
-                registers=register_count,
-                stack=stack,
-            )
+    found: list[tuple[str, int, Sequence[Instruction], int]] = []  # label, bytes of an element, loop, its elements
+    if posterior == "Joint":
+        tensors, wanted = _JOINT_PASSES[kind, number]
+        stored = size * (kind == "map")
+        loops = joint_loops(code, size, tensors, stored, (32 if last == "1" else 16) // _COMPONENTS)
+        require(arch, name, wanted, size * tensors, stored, len(loops))
+        found += [(label, size * tensors + stored, *loop) for label, loop in zip(wanted, loops, strict=True)]
+    else:
+        tensors, *labels = _PASSES[number]
+        for fetches, stores in _LOOPS[kind]:
+            wanted, loaded, stored = labels[stores], size * tensors * fetches, size * stores
+            loops = plain_loops(code, loaded, stored)
+            require(arch, name, wanted, loaded, stored, len(loops))
+            for label, loop in zip(wanted, loops, strict=True):
+                found.append((label, loaded + stored, loop, elements_of(loop)))
+    for label, moved, loop, elements in found:
+        yield SassRow(
+            arch=arch,
+            dtype=dtype,
+            layout="channels_last" if last == "1" else "contiguous",
+            path="on chip" if kind == "resident" else "streaming",
+            name=label,
+            instructions=len(loop) / elements,
+            mufu=count(loop, "MUFU") / elements,
+            memory=count(loop, "LDG", "LDGSTS", "STG") / elements,
+            shared=count(loop, "LDS", "STS") / elements,
+            bytes=moved,
+            elements=elements,
+            registers=register_count,
+            stack=stack,
+        )
+
+
+def require(arch: str, name: str, wanted: Sequence[str], loaded: int, stored: int, found: int) -> None:
+    """Raise RuntimeError unless as many loops were found in a kernel as there are rows for it."""
+    if found != len(wanted):
+        raise RuntimeError(
+            f"{name}, {arch}: expected {len(wanted)} plain loops that load {loaded} and store {stored} bytes an "
+            f"element ({'; '.join(wanted)}), found {found}"
+        )
 
 
 def make_report(arch: str, rows: list[SassRow]) -> Report:
@@ -173,7 +227,7 @@ def make_report(arch: str, rows: list[SassRow]) -> Report:
     header += ("bytes", "issue ps", "MUFU ps", "DRAM ps", "elements", "registers", "stack")
     sections: dict[str, list[list[str]]] = defaultdict(list)
     for row in rows:
-        instructions, mufu = PLANNED[row.name]
+        instructions, mufu = PLANNED.get(row.name, ("", ""))
         label = f"{row.layout} {row.dtype}"
         counts = f"{row.instructions:.1f}", str(instructions), f"{row.mufu:.2f}", str(mufu)
         bounds = row.instructions * ISSUE_PS, row.mufu * MUFU_PS, row.bytes * BYTE_PS
@@ -202,6 +256,9 @@ _HOW = f"""## How this was counted
   residual, no groups. A turn executes all its instructions, divided here by the elements that a thread takes in it; the
   loop's own instructions are among them. What a block does before and after the loop is not.
 - *planned*: instructions of trial kernels that held the formulas alone, and the special-function operations they need.
+- *joint*: the passes of one mixture over the channels of a point, which needs no exponentials an element. *weights* and
+  *gradient of the weights* are sums over the channels of each point; the others read what they leave. That is not among
+  the bytes: M numbers a point, whatever the number of channels.
 - *memory*, *shared*: instructions that access global and shared memory. *bytes*: moved to and from global memory.
 - ps: at an H200's 1.98 GHz and 4.3 TB/s, where an instruction takes {ISSUE_PS:.3f} ps, a special-function operation
   {MUFU_PS:.2f} ps and a byte {BYTE_PS:.3f} ps. The largest of the three bounds a pass from below.

@@ -34,6 +34,14 @@ def assembled(name: str, code: str) -> list[str]:
     return lines
 
 
+def joint_kernel(name: str, number: int | None = None, element: str = "f", last: int = 0) -> str:
+    """The same of joint mode, whose passes over the channels of points have no number."""
+    name = f"{name}_kernel"
+    template = "" if number is None else f"LNS_4PassE{number}E"
+    config = f"INS_6ConfigI{element}Li4ELb{last}ENS_14JointPosteriorEEE{template}EEvNS_9ArgumentsE"
+    return f"_ZN3cbn{len(name)}{name}{config}"
+
+
 MAP = kernel("map", 3)
 
 # In the loops below a thread takes four elements in one turn.
@@ -174,6 +182,42 @@ def test_a_reduction_stores_nothing():
     assert {n: (r.path, r.instructions, r.bytes) for n, r in found.items()} == {
         "backward reduction": ("streaming", 27 / 4, 8)
     }
+
+
+# Of joint mode: arithmetic without exponentials, four elements to a turn.
+TERMS = 32 * "FFMA R5, R5, R7, RZ\n"
+
+
+def loop_without_exponentials(label: str, accesses: str, more: str = "") -> str:
+    return f"{label}: NOP\n{accesses}{TERMS}{more} VIADD R0, R0, 0x1\n@!P2 BRA {label}\n"
+
+
+def test_rows_of_joint_mode_over_chunks():
+    weights = " LDG.E.128 R8, desc[UR36][R4.64]\n"
+    pieces = "piece: NOP\n LDGSTS.E.BYPASS [R14+0x1f0], desc[UR36][R4.64]\n@!P2 BRA piece\n"
+    code = (
+        pieces  # copies the elements of a chunk that is not whole
+        + loop_without_exponentials("full", 2 * FETCH + STORE + 8 * weights, COVARIANCE)
+        + loop_without_exponentials("detached", 2 * FETCH + STORE + 4 * weights)
+        + END
+    )
+    found = rows(code, joint_kernel("map", 3))
+    assert {n: (r.instructions, r.memory, r.bytes, r.elements) for n, r in found.items()} == {
+        "joint input gradient, p detached": ((3 + 32 + 7) / 4, 7 / 4, 12, 4),
+        "joint input gradient": ((3 + 32 + 11 + 8) / 4, 11 / 4, 12, 4),
+    }
+
+
+@pytest.mark.parametrize(("last", "points"), [(0, 4), (1, 8)])
+def test_rows_of_joint_mode_over_channels(last, points):
+    """Points of a thread, as many narrow loads of x and of the gradient, and one of the channel's origin."""
+    load = " LDG.E R8, desc[UR36][R4.64]\n"
+    rows_of_channel = 4 * " LDG.E.128 R8, desc[UR36][R4.64]\n"
+    relu = loop_without_exponentials("relu", (3 * points + 1) * load + rows_of_channel, TERMS)
+    plain = loop_without_exponentials("plain", (2 * points + 1) * load + rows_of_channel, TERMS)
+    (row,) = rows(relu + plain + END, joint_kernel("differentiate_weights", last=last)).values()
+    assert (row.name, row.elements, row.bytes) == ("joint gradient of the weights", points, 8)
+    assert row.instructions == (3 + 64 + 2 * points + 5) / points
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,9 @@ CBN_INLINE double median(double (&values)[kOriginSamples]) {
   return values[kOriginSamples / 2];
 }
 
+// x, or `otherwise` where x is NaN or infinite.
+CBN_INLINE double finite_or(double x, double otherwise) { return x - x == 0 ? x : otherwise; }
+
 template <class T, int M>
 struct Moments {
   static constexpr int kRows = 3;

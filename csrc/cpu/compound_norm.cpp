@@ -111,7 +111,8 @@ void weigh_points(const Problem& p) {
   std::vector<double> origins(C), peaks(work.components * C), distances_of(work.components * C);
   const auto density = [&](int m, int64_t c) { return Component<S>{work, m * C + c}.density(); };
   parallel(C, kTableElements, [&](int64_t c) {
-    origins[c] = tasks.sampled_origin(work, c);
+    // A sample that is not finite must not spoil the points that are.
+    origins[c] = finite_or(tasks.sampled_origin(work, c), Component<S>{work, c}.read(work.mean, 0));
     for (int m = 0; m < work.components; ++m) {
       peaks[m * C + c] = density(m, c).peak;
       distances_of[m * C + c] = squared_distance(density(m, c), origins[c]);

@@ -188,6 +188,13 @@ __global__ void __launch_bounds__(kPointThreads, 1) differentiate_weights_kernel
   a.relu ? differentiate_weights<C, true>(a) : differentiate_weights<C, false>(a);
 }
 
+// What z = x - origin of a channel is relative to in the sums of Distances; a sample that is not finite must not spoil
+// the points that are.
+template <class C>
+__device__ double origin_of_points(const Arguments& a, int64_t channel) {
+  return finite_or(sampled_origin<C>(a, channel), Component<typename C::S>{a, channel}.read(a.mean, 0));
+}
+
 // Sums over the channels of a component, in a fixed order: of its peaks, the prior's counted once, and of its squared
 // distances from the channels' medians. A block for each component.
 template <class C>
@@ -201,7 +208,7 @@ __global__ void __launch_bounds__(kPointThreads, 1) sum_components_kernel(const 
   for (int64_t channel = threadIdx.x; channel < a.channels; channel += kPointThreads) {
     const LogDensity density = Component<S>{a, m * a.channels + channel}.density();
     height += density.peak - prior;
-    distance += squared_distance(density, sampled_origin<C>(a, channel));
+    distance += squared_distance(density, origin_of_points<C>(a, channel));
   }
   sums[threadIdx.x] = height;
   sums[kPointThreads + threadIdx.x] = distance;
@@ -228,7 +235,7 @@ __global__ void __launch_bounds__(kPointThreads, 1) lay_out_kernel(const __grid_
   for (int other = 1; kForward && other < a.components; ++other)
     if (a.heights[M + other] < a.heights[M + reference]) reference = other;
   for (int64_t channel = threadIdx.x; channel < a.channels; channel += kPointThreads) {
-    const S origin = static_cast<S>(kForward ? sampled_origin<C>(a, channel) : used_origin<S>(a, channel));
+    const S origin = static_cast<S>(kForward ? origin_of_points<C>(a, channel) : used_origin<S>(a, channel));
     if (m == 0) table[channel].origin() = origin;
     const Component<S> component{a, (exists ? m : 0) * a.channels + channel};
     const auto store = [&](auto rows) {

@@ -66,6 +66,19 @@ def test_error_of_the_odds_does_not_grow_with_the_channels(layout, offset):
     assert worst[2048] <= 4 * worst[8] and worst[2048] <= 1e-5, worst
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_with_its_points(backend, layout, value):
+    """In evaluation; also where it is the median of a channel."""
+    layer = CompoundBatchNorm2d(6, responsibility="joint").eval()
+    x = torch.randn(3, 6, 5, 5)
+    wanted = layer(x)
+    x[:2, 4] = value
+    y = layer(x.contiguous(memory_format=layout))
+    torch.testing.assert_close(y[2], wanted[2])
+    assert not torch.isfinite(y[:2, 4]).any()
+
+
 def test_permutations_change_nothing(backend):
     """Of the channels and of the components: the same outputs, gradients and statistics, permuted."""
     case = Case((6, 9, 5, 7), mode="joint", dtype=torch.float64, activation="relu", residual=True)

@@ -358,7 +358,7 @@ Kernels kernels_for() {
 
 // Joint mode streams: its backward map waits for a pass over all channels.
 template <class C>
-Kernels joint_kernels_for() {
+Kernels kernels_for_joint() {
   using B = PointBlock<C>;
   using S = typename C::S;
   return {
@@ -386,10 +386,10 @@ Kernels kernels_of_channels(int components) {
 template <class E, bool kLast>
 Kernels kernels_of_joint(int components) {
   if constexpr (!std::is_same_v<E, double>) {
-    if (components <= 4) return joint_kernels_for<Config<E, 4, kLast, JointPosterior>>();
-    if (components <= 8) return joint_kernels_for<Config<E, 8, kLast, JointPosterior>>();
+    if (components <= 4) return kernels_for_joint<Config<E, 4, kLast, JointPosterior>>();
+    if (components <= 8) return kernels_for_joint<Config<E, 8, kLast, JointPosterior>>();
   }
-  return joint_kernels_for<Config<E, kMaxComponents, kLast, JointPosterior>>();
+  return kernels_for_joint<Config<E, kMaxComponents, kLast, JointPosterior>>();
 }
 
 template <class E, bool kLast>

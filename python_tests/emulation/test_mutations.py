@@ -33,8 +33,8 @@ JOINT = """
 
 namespace cbn {
 Kernels few_joint_kernels(bool channels_last) {
-  return channels_last ? joint_kernels_for<Config<float, 4, true, JointPosterior>>()
-                       : joint_kernels_for<Config<float, 4, false, JointPosterior>>();
+  return channels_last ? kernels_for_joint<Config<float, 4, true, JointPosterior>>()
+                       : kernels_for_joint<Config<float, 4, false, JointPosterior>>();
 }
 }  // namespace cbn
 """

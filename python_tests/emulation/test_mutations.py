@@ -241,8 +241,8 @@ MUTATIONS = [
     Mutation(
         "weights of the component before",
         "posterior.cuh",
-        "const S* row = static_cast<const S*>(from) + m * a.points() + point;",
-        "const S* row = static_cast<const S*>(from) + (m ? m - 1 : 0) * a.points() + point;",
+        "static_cast<const S*>(from) + (m < a.components ? m : 0) * a.points() + point;",
+        "static_cast<const S*>(from) + (m ? m - 1 : 0) * a.points() + point;",
         "streaming",
         WRONG,
         JOINT_CASES,

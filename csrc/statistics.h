@@ -29,7 +29,11 @@ struct Component {
     return static_cast<double>(static_cast<const S*>(p.prior)[p.mode == Mode::kJoint ? i / p.channels : i]);
   }
 
-  CBN_METHOD LogDensity density() const { return log_density(prior(1), read(p.mean, 0), read(p.var, 0), p.eps); }
+  // With the component's own prior of the channel, or in joint mode with 1: its prior counts once for all channels.
+  CBN_METHOD LogDensity density() const { return density(read(p.prior, 1)); }
+  CBN_METHOD LogDensity density(double prior) const {
+    return log_density(prior, read(p.mean, 0), read(p.var, 0), p.eps);
+  }
 
   // What normalises: the batch's statistics, or in evaluation the running ones, which are constants and need no mass.
   CBN_METHOD Statistics used() const {
@@ -82,12 +86,11 @@ struct Component {
 // which lies among the points; in evaluation that of the widest one.
 template <class S>
 CBN_INLINE double used_origin(const Problem& p, int64_t channel) {
-  Statistics chosen = Component<S>{p, channel}.used();
-  for (int m = 1; m < p.components; ++m) {
-    const Statistics other = Component<S>{p, m * p.channels + channel}.used();
-    if (p.training ? other.mass > chosen.mass : other.var > chosen.var) chosen = other;
-  }
-  return chosen.mean;
+  const auto used = [&](int m) { return Component<S>{p, m * p.channels + channel}.used(); };
+  int chosen = 0;
+  for (int m = 1; m < p.components; ++m)
+    if (p.training ? used(m).mass > used(chosen).mass : used(m).var > used(chosen).var) chosen = m;
+  return used(chosen).mean;
 }
 
 // Keeps element i of the running statistics [M, C] where no point is mapped.

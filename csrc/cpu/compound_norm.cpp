@@ -109,7 +109,7 @@ void weigh_points(const Problem& p) {
   const Tasks tasks = tasks_for(work);
   const int64_t C = work.channels;
   std::vector<double> origins(C), peaks(work.components * C), distances_of(work.components * C);
-  const auto density = [&](int m, int64_t c) { return Component<S>{work, m * C + c}.density(); };
+  const auto density = [&](int m, int64_t c) { return Component<S>{work, m * C + c}.density(1); };
   parallel(C, kTableElements, [&](int64_t c) {
     // A sample that is not finite must not spoil the points that are.
     origins[c] = finite_or(tasks.sampled_origin(work, c), Component<S>{work, c}.read(work.mean, 0));
@@ -121,19 +121,17 @@ void weigh_points(const Problem& p) {
   int reference = 0;
   double nearest = std::numeric_limits<double>::infinity();
   for (int m = 0; m < work.components; ++m) {
-    // The prior counts once, not for every channel.
-    const double prior = log_prior(Component<S>{work, m * C}.prior(1));
     double distance = 0;
-    work.height[m] = prior;
+    work.height[m] = log_prior(Component<S>{work, m * C}.prior(1));
     for (int64_t c = 0; c < C; ++c) {
-      work.height[m] += peaks[m * C + c] - prior;
+      work.height[m] += peaks[m * C + c];
       distance += distances_of[m * C + c];
     }
     if (distance < nearest) reference = m;
     nearest = std::min(nearest, distance);
   }
   const auto table = put_channels_table<S>(work, tasks.lanes, origins, [&](const Component<S>& of, double origin) {
-    return distances(of.density(), density(reference, of.i % C), origin);
+    return distances(of.density(1), density(reference, of.i % C), origin);
   });
   for_all_points(work, tasks.weigh_points);
 }

@@ -111,7 +111,7 @@ class GivenPosterior {
       block.put(origin[0], j, block.origin(j));
       const double at = static_cast<double>(origin[0][j]);
       for (int m = 0; m < components && block.pass == Pass::kInputGradient; ++m)
-        block.put(densities, m, j, parabola(block.component(m, j).density(), at));
+        block.put(densities, m, j, parabola(block.component(m, j).density(1), at));
     }
   }
 

@@ -195,7 +195,7 @@ __device__ double origin_of_points(const Arguments& a, int64_t channel) {
   return finite_or(sampled_origin<C>(a, channel), Component<typename C::S>{a, channel}.read(a.mean, 0));
 }
 
-// Sums over the channels of a component, in a fixed order: of its peaks, the prior's counted once, and of its squared
+// Sums over the channels of a component, in a fixed order: of its peaks, and of its squared
 // distances from the channels' medians. A block for each component.
 template <class C>
 __global__ void __launch_bounds__(kPointThreads, 1) sum_components_kernel(const __grid_constant__ Arguments a) {
@@ -206,8 +206,8 @@ __global__ void __launch_bounds__(kPointThreads, 1) sum_components_kernel(const 
   const double prior = log_prior(Component<S>{a, m * a.channels}.prior(1));
   double height = 0, distance = 0;
   for (int64_t channel = threadIdx.x; channel < a.channels; channel += kPointThreads) {
-    const LogDensity density = Component<S>{a, m * a.channels + channel}.density();
-    height += density.peak - prior;
+    const LogDensity density = Component<S>{a, m * a.channels + channel}.density(1);
+    height += density.peak;
     distance += squared_distance(density, origin_of_points<C>(a, channel));
   }
   sums[threadIdx.x] = height;
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kPointThreads, 1) lay_out_kernel(const __grid_
       for (int i = 0; i < rows.kRows; ++i) table[channel].at(i * M + m) = exists ? static_cast<S>(*rows.row(i)) : S(0);
     };
     if constexpr (kForward)
-      store(distances(component.density(), Component<S>{a, reference * a.channels + channel}.density(),
+      store(distances(component.density(1), Component<S>{a, reference * a.channels + channel}.density(1),
                       static_cast<double>(origin)));
     else
       store(component.input_gradient(component.used(), static_cast<double>(origin), component.read(a.grad_weight, 0),

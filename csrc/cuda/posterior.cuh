@@ -147,7 +147,7 @@ struct JointPosterior {
     for_each_place(block, shared, [&](int m, int j, bool exists) {
       Parabola density{};
       if (pass == Pass::kInputGradient && exists)
-        density = parabola(Component<typename C::S>{block.a, m * block.a.channels + block.first_channel + j}.density(),
+        density = parabola(Component<typename C::S>{block.a, m * block.a.channels + block.first_channel + j}.density(1),
                            shared.origin[j]);
       shared.store(0, m, j, density);
     });

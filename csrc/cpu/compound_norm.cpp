@@ -114,8 +114,9 @@ void weigh_points(const Problem& p) {
     // A sample that is not finite must not spoil the points that are.
     origins[c] = finite_or(tasks.sampled_origin(work, c), Component<S>{work, c}.read(work.mean, 0));
     for (int m = 0; m < work.components; ++m) {
-      peaks[m * C + c] = density(m, c).peak;
-      distances_of[m * C + c] = squared_distance(density(m, c), origins[c]);
+      const LogDensity of = density(m, c);
+      peaks[m * C + c] = of.peak;
+      distances_of[m * C + c] = squared_distance(of, origins[c]);
     }
   });
   int reference = 0;

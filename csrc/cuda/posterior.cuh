@@ -83,9 +83,9 @@ struct ChannelPosterior {
   };
 };
 
-// The group of the point's image weighs (eqs 17-18): 1 for that component. A constant, whose gradient is 0.
-struct GroupPosterior {
-  static constexpr bool kGiven = true, kConstant = true, kHasPlainForm = false;
+// Weights that are read: components keep their order.
+struct GivenPosterior {
+  static constexpr bool kGiven = true;
 
   template <class C>
   static __device__ __forceinline__ int place(const Shared<C>&, int m, int) {
@@ -93,8 +93,18 @@ struct GroupPosterior {
   }
 
   template <Pass pass, class C>
-  static __device__ __forceinline__ bool prepare(const Block<C>& block, const Shared<C>& shared) {
+  static __device__ __forceinline__ void prepare_origins(const Block<C>& block, const Shared<C>& shared) {
     for (int j = threadIdx.x; j < shared.K; j += blockDim.x) shared.origin[j] = origin_of<C, pass>(block, j);
+  }
+};
+
+// The group of the point's image weighs (eqs 17-18): 1 for that component. A constant, whose gradient is 0.
+struct GroupPosterior : GivenPosterior {
+  static constexpr bool kConstant = true, kHasPlainForm = false;
+
+  template <Pass pass, class C>
+  static __device__ __forceinline__ bool prepare(const Block<C>& block, const Shared<C>& shared) {
+    prepare_origins<pass>(block, shared);
     for_each_place(block, shared, [](int, int, bool) {});
     __syncthreads();
     return false;
@@ -132,17 +142,12 @@ struct GroupPosterior {
 };
 
 // Joint mode: the points' weights are read, [M, P], and so is the gradient of their logarithms.
-struct JointPosterior {
-  static constexpr bool kGiven = true, kConstant = false, kHasPlainForm = true;
-
-  template <class C>
-  static __device__ __forceinline__ int place(const Shared<C>&, int m, int) {
-    return m;
-  }
+struct JointPosterior : GivenPosterior {
+  static constexpr bool kConstant = false, kHasPlainForm = true;
 
   template <Pass pass, class C>
   static __device__ __forceinline__ bool prepare(const Block<C>& block, const Shared<C>& shared) {
-    for (int j = threadIdx.x; j < shared.K; j += blockDim.x) shared.origin[j] = origin_of<C, pass>(block, j);
+    prepare_origins<pass>(block, shared);
     __syncthreads();
     for_each_place(block, shared, [&](int m, int j, bool exists) {
       Parabola density{};

@@ -94,9 +94,9 @@ struct Form {
   template <class C, class Run>
   __device__ __forceinline__ void choose(Run run) const {
     using P = typename C::Posterior;
-    if constexpr (P::kHasPlainForm)
+    if constexpr (P::kHasPlainForm && !C::kGeneralOnly)
       if (plain) return run(std::bool_constant<!P::kGiven>{}, std::true_type{});
-    if constexpr (!P::kGiven)
+    if constexpr (!P::kGiven && (C::M == 1 || !C::kGeneralOnly))
       if (C::M == 1 || bounded) return run(std::true_type{}, std::false_type{});
     if constexpr (P::kGiven || C::M > 1) run(std::false_type{}, std::false_type{});
   }

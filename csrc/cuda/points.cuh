@@ -35,6 +35,7 @@ struct Config {
   static constexpr bool kChannelsLast = kLast;
   static constexpr int M = kComponents;
   static constexpr int kWords = sizeof(S) / sizeof(float);
+  static constexpr bool kGeneralOnly = std::is_same_v<E, double>;  // float64 is for checks: no faster form is compiled
   static constexpr int least(int a, int b) { return a < b ? a : b; }
   // Elements at once: in channels_last each has coefficients of its own, in registers.
   static constexpr int kMost = kLast              ? least(4, M* kWords >= 16 ? 1 : 16 / (M * kWords))

@@ -23,12 +23,14 @@ struct ChannelPosterior {
     constexpr int M = C::M;
     const int K = shared.K, items = M * K;
     if (threadIdx.x == 0) *shared.flag = 0;
-    for_each_component(block, shared, [&](int m, int j, const Component<typename C::S>& component) {
-      const LogDensity density = component.density();
-      shared.density[m * K + j] = density.precision;
-      shared.density[items + m * K + j] = density.peak;
-      shared.density[2 * items + m * K + j] = density.mean;
-    });
+    // One component has no odds; its prior may be joint mode's, which is not the channel's.
+    if constexpr (M > 1)
+      for_each_component(block, shared, [&](int m, int j, const Component<typename C::S>& component) {
+        const LogDensity density = component.density();
+        shared.density[m * K + j] = density.precision;
+        shared.density[items + m * K + j] = density.peak;
+        shared.density[2 * items + m * K + j] = density.mean;
+      });
     __syncthreads();
 
     const auto density_of = [&](int m, int j) -> LogDensity {
@@ -54,7 +56,7 @@ struct ChannelPosterior {
     });
     __syncthreads();
 
-    if (!*shared.flag) return true;
+    if (M == 1 || (!C::kGeneralOnly && !*shared.flag)) return true;
     for_each_component(block, shared, [&](int k, int j, const Component<typename C::S>&) {
       shared.store(0, k, j, parabola(density_of(place(shared, k, j), j), shared.origin[j]));
     });

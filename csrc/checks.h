@@ -67,15 +67,10 @@ inline void check_input(const Tensor& x, int64_t mode, const OptionalTensor& gro
                   mode);
 }
 
-// True where the points have weights of their own, [M, N, S]; a single component's are 1.
-inline bool has_posterior(int64_t mode, int64_t components) {
-  return mode == static_cast<int64_t>(Mode::kJoint) && components > 1;
-}
-
 inline void check_posterior(const OptionalTensor& posterior, int64_t mode, int64_t components, const Tensor& x) {
   const int64_t spatial = x.numel() == 0 ? 0 : x.numel() / x.size(0) / x.size(1);
   const int64_t shape[] = {components, x.size(0), spatial}, none[] = {0};
-  const Shape expected = has_posterior(mode, components) ? Shape(shape) : Shape(none);
+  const Shape expected = has_posterior(static_cast<Mode>(mode), components) ? Shape(shape) : Shape(none);
   check_tensor(posterior, "posterior, as forward gave it,", expected, statistics_type(x.scalar_type()), x);
 }
 

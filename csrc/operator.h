@@ -4,8 +4,6 @@
 //   Guard                                    made from x, while the operator runs
 //   forward(problem, passes, x)              x is what its memory is allocated like
 //   backward(problem, passes, x)
-//   weigh_points(problem, x)                 fills problem.posterior
-//   differentiate_weights(problem, x)        fills problem.posterior_gradient, between backward's passes
 //   writes_all_of_mask(problem)              or else the mask is to start as zeros
 //   for_each(count, f, like)                 f(i) for i < count
 //
@@ -105,9 +103,9 @@ Forward run_forward(
   p.mean = call.dense(mean);
   p.var = call.dense(var);
   Tensor y, mask, running, batch, posterior;
-  if (has_posterior(mode, p.components)) {
-    posterior =
-        given_posterior ? *given_posterior : empty(mean, {p.components, p.images, p.spatial}, mean.scalar_type());
+  if (p.has_posterior()) {
+    p.weighs = !given_posterior;
+    posterior = p.weighs ? empty(mean, {p.components, p.images, p.spatial}, mean.scalar_type()) : *given_posterior;
     p.posterior = call.dense(posterior);
   } else {
     posterior = empty(mean, {0}, mean.scalar_type());
@@ -129,10 +127,7 @@ Forward run_forward(
                                                        : empty(x, {bytes}, ScalarType::Byte);
     if (has_mask) p.mask = static_cast<uint32_t*>(mask.mutable_data_ptr());
   }
-  if (p.channels > 0) {
-    if (p.posterior && !given_posterior) Backend::weigh_points(p, call.x);
-    Backend::forward(p, passes, call.x);
-  }
+  if (p.channels > 0) Backend::forward(p, passes, call.x);
   return {y, mask, running, batch, posterior};
 }
 
@@ -185,18 +180,8 @@ Backward run_backward(Passes passes,
     p.out = grad_x.mutable_data_ptr();
     if (mask) p.grad_residual = grad_residual.mutable_data_ptr();
   }
-  const bool has_weights = has_posterior(mode, components);
-  if (has_weights) p.posterior = call.dense(posterior);
-  const bool differentiates = has_weights && !detach_responsibility && passes != Passes::kReduce;
-  if (p.channels > 0 && differentiates) {
-    if (passes == Passes::kBoth) Backend::backward(p, Passes::kReduce, call.x);
-    const Tensor gradient = torch::stable::empty_like(posterior);
-    p.posterior_gradient = gradient.mutable_data_ptr();
-    Backend::differentiate_weights(p, call.x);
-    Backend::backward(p, Passes::kMap, call.x);
-  } else if (p.channels > 0) {
-    Backend::backward(p, passes, call.x);
-  }
+  if (p.has_posterior()) p.posterior = call.dense(posterior);
+  if (p.channels > 0) Backend::backward(p, passes, call.x);
   return {grad_x, grad_residual, weight_sums, bias_sums};
 }
 

@@ -9,6 +9,9 @@ namespace cbn {
 // of the point. The numbers are those of the operators' schemas and of cbn_ext.Mode.
 enum class Mode { kChannel, kGroups, kJoint };
 
+// Whether the points' weights are a tensor, [M, N, S]: a single component's are 1.
+constexpr bool has_posterior(Mode mode, int64_t components) { return mode == Mode::kJoint && components > 1; }
+
 enum class Element { kFloat, kDouble, kHalf, kBFloat16 };
 
 // Each direction reduces, to the batch's statistics or to the parameters' gradients, and then maps, to the output or
@@ -37,8 +40,8 @@ struct Problem {
   uint32_t* mask;         // [C N S] bits, channels_last [N S C], of where the ReLU lets gradients pass; or null
   const int64_t* groups;  // [N], Mode::kGroups alone
 
-  void* posterior;           // [M, N S] the points' weights, Mode::kJoint with M > 1 alone: by weigh_points
-  void* posterior_gradient;  // [M, N S] of the log-odds, null where weights are constants: for the backward map
+  void* posterior;  // [M, N S] the points' weights, where has_posterior
+  bool weighs;      // the posterior is still to be filled, before all else
 
   const void* prior;   // [M, C] running, in Mode::kJoint [M]; or null for 1
   const void* mean;    // [M, C] running
@@ -50,6 +53,7 @@ struct Problem {
   void* grad_weight;   // [M, C] by the backward reduction, for the backward map
   void* grad_bias;     // [M, C] likewise
 
+  constexpr bool has_posterior() const { return cbn::has_posterior(mode, components); }
   constexpr int64_t points() const { return images * spatial; }  // P
   constexpr bool is_wide() const { return element == Element::kDouble; }
 };

@@ -102,11 +102,7 @@ void for_all_points(const Work& work, PointTask task) {
 }
 
 template <class S>
-void weigh_points(const Problem& p) {
-  Work work = work_of(p);
-  if (work.points() == 0) return;
-  sample(work);
-  const Tasks tasks = tasks_for(work);
+void weigh_points(Work& work, const Tasks& tasks) {
   const int64_t C = work.channels;
   std::vector<double> origins(C), peaks(work.components * C), distances_of(work.components * C);
   const auto density = [&](int m, int64_t c) { return Component<S>{work, m * C + c}.density(1); };
@@ -138,9 +134,7 @@ void weigh_points(const Problem& p) {
 }
 
 template <class S>
-void differentiate_weights(const Problem& p) {
-  Work work = work_of(p);
-  const Tasks tasks = tasks_for(work);
+void differentiate_weights(Work& work, const Tasks& tasks) {
   std::vector<double> origins(work.channels);
   for (int64_t c = 0; c < work.channels; ++c) origins[c] = used_origin<S>(work, c);
   const auto table = put_channels_table<S>(work, tasks.lanes, origins, [](const Component<S>& of, double origin) {
@@ -223,8 +217,9 @@ struct Plan {
 template <class S>
 void run_forward(const Problem& p, Passes passes) {
   Work work = work_of(p);
-  if (passes != Passes::kMap) sample(work);
+  if (p.weighs || passes != Passes::kMap) sample(work);
   const Tasks tasks = tasks_for(work);
+  if (p.weighs && p.points() > 0) weigh_points<S>(work, tasks);
   Plan<S, kMomentRows> plan{work, passes, tasks.moments, tasks.normalise, tasks.lanes};
   plan.run([&](const Component<S>& component, const Totals<kMomentRows>& totals) {
     if (plan.reduces()) component.write_batch(component.finish(totals.sums, totals.origin));
@@ -233,14 +228,22 @@ void run_forward(const Problem& p, Passes passes) {
 }
 
 template <class S>
-void run_backward(const Problem& p, Passes passes) {
-  const Work work = work_of(p);
+void run_backward(const Problem& p, Passes passes, const Tensor& x) {
+  Work work = work_of(p);
   const Tasks tasks = tasks_for(work);
-  Plan<S, kGradientRows> plan{work, passes, tasks.gradient_sums, tasks.input_gradient, tasks.lanes};
-  plan.run([&](const Component<S>& component, const Totals<kGradientRows>& totals) {
-    if (!plan.reduces()) return;
-    component.write_gradients(component.finish(totals.sums, totals.origin, component.used()), totals.sums[0]);
-  });
+  const auto run = [&](Passes these) {
+    Plan<S, kGradientRows> plan{work, these, tasks.gradient_sums, tasks.input_gradient, tasks.lanes};
+    plan.run([&](const Component<S>& component, const Totals<kGradientRows>& totals) {
+      if (!plan.reduces()) return;
+      component.write_gradients(component.finish(totals.sums, totals.origin, component.used()), totals.sums[0]);
+    });
+  };
+  if (!p.has_posterior() || p.detach_responsibility || passes == Passes::kReduce) return run(passes);
+  if (passes == Passes::kBoth) run(Passes::kReduce);
+  const Tensor gradient = empty(x, {p.components, p.points()}, statistics_type(x.scalar_type()));
+  work.posterior_gradient = gradient.mutable_data_ptr();
+  differentiate_weights<S>(work, tasks);
+  run(Passes::kMap);
 }
 
 struct Cpu {
@@ -250,14 +253,8 @@ struct Cpu {
   static void forward(const Problem& p, Passes passes, const Tensor&) {
     p.is_wide() ? run_forward<double>(p, passes) : run_forward<float>(p, passes);
   }
-  static void backward(const Problem& p, Passes passes, const Tensor&) {
-    p.is_wide() ? run_backward<double>(p, passes) : run_backward<float>(p, passes);
-  }
-  static void weigh_points(const Problem& p, const Tensor&) {
-    p.is_wide() ? cbn::weigh_points<double>(p) : cbn::weigh_points<float>(p);
-  }
-  static void differentiate_weights(const Problem& p, const Tensor&) {
-    p.is_wide() ? cbn::differentiate_weights<double>(p) : cbn::differentiate_weights<float>(p);
+  static void backward(const Problem& p, Passes passes, const Tensor& x) {
+    p.is_wide() ? run_backward<double>(p, passes, x) : run_backward<float>(p, passes, x);
   }
   static bool writes_all_of_mask(const Problem&) { return false; }
   template <class F>

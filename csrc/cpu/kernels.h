@@ -251,7 +251,7 @@ inline Tasks tasks(const Problem& p) {
   // The plain kernels pay nothing for what the fused ones ask at every vector.
   const auto of = [&p](auto element) {
     using E = decltype(element);
-    if (p.mode == Mode::kJoint && p.components > 1) return joint_tasks_of<E>(p);
+    if (p.has_posterior()) return joint_tasks_of<E>(p);
     return p.relu || p.residual ? tasks_of<E, true>(p) : tasks_of<E, false>(p);
   };
   if (p.element == Element::kFloat) return of(Float{});

@@ -16,6 +16,7 @@ struct Work : Problem {
   const void* channels_table;
   int64_t width;
   double height[kMaxComponents];  // of each component's log-density, its prior's and its channels'
+  void* posterior_gradient;       // [M, N S] of the log-odds, by differentiate_weights for the backward map
 };
 
 // Work on the images [begin, end) for one block of channels: one channel, or, in channels_last, one per lane. `sums`

@@ -16,16 +16,19 @@ struct Arguments : Problem {
   int64_t points_of_split;
   int slots;  // chunks of a thread in shared memory: in the resident path all of them
 
-  bool mask_in_bytes;  // no byte is shared by two channels, in channels_last by two points; else the mask starts as 0
+  // Channels, in channels_last points, begin at a byte of the mask, where has_posterior at a word; else it starts as 0.
+  bool mask_is_aligned;
   void* partials;      // [splits, 3 or 2, M, C] sums, of the streaming path
   void* origins;       // [C] what the sums are relative to
 
-  void* channels_table;  // [C] of ChannelRows, what joint mode's passes over all channels of a point take of each
-  double* heights;       // [2, M] as compiled: sums of each component's peaks, and its distance from the points
+  // What joint mode's passes over all channels of a point take of each channel: [C] of ChannelRows.
+  void* sums_table;
+  void* map_table;
+  double* heights;  // [2, M] as compiled: sums of each component's peaks, and its distance from the points
 };
 
-// Threads of a block of those passes.
-constexpr int kPointThreads = 256;
+// Threads of a block that prepares these tables.
+constexpr int kTableThreads = 256;
 
 // The kernels of one element type, layout, number of components and posterior.
 struct Kernels {
@@ -40,15 +43,16 @@ struct Kernels {
   int most_threads;  // of a block
   Direction forward, backward;
 
-  // Joint mode's passes over all channels of a point; null in the other modes.
+  // Joint mode's, whose maps have all channels of a point too; null in the other modes.
   struct Points {
-    Kernel sum_components;  // null where nothing is summed
-    Kernel lay_out, sum;
-    int64_t bytes_of_channel;  // in the table
+    Kernel sum_components, lay_out_weights, weigh;
+    Kernel lay_out_forward, lay_out_backward;  // for the maps
+    int64_t bytes_for_weights, bytes_forward, bytes_backward;  // of a channel in the tables
+    int64_t points_of_block;
+    int threads;
+    unsigned shared;  // bytes
   };
-  Points weigh, differentiate;
-  int64_t points_of_block;
-  unsigned shared_of_points;  // bytes
+  Points points;
 };
 
 Kernels kernels_float(int components, bool channels_last, Mode mode);

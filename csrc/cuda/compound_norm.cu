@@ -23,7 +23,9 @@ Kernels kernels_of(const Problem& p) {
   }
 }
 
-bool has_mask_in_bytes(const Problem& p) { return (p.channels_last ? p.channels : p.points()) % 8 == 0; }
+bool mask_is_aligned(const Problem& p) {
+  return (p.channels_last ? p.channels : p.points()) % (p.has_posterior() ? 32 : 8) == 0;
+}
 
 // A problem on the current device.
 struct Work {
@@ -42,7 +44,7 @@ struct Work {
     constexpr int64_t kMost = UINT32_MAX;
     STD_TORCH_CHECK(p.images <= kMost && p.spatial <= kMost, "expected at most ", kMost,
                     " images and as many points in each, got ", p.images, " and ", p.spatial);
-    arguments.mask_in_bytes = has_mask_in_bytes(p);
+    arguments.mask_is_aligned = mask_is_aligned(p);
     extent = {p.channels,
               p.points(),
               p.channels_last,
@@ -109,25 +111,50 @@ struct Work {
     return plan_resident(extent, device, chosen);
   }
 
-  // Joint mode's pass over all channels of each point.
-  void run_points(Kernels::Points Kernels::* pass, const Tensor& x) {
+  // A pass of joint mode over all channels of each point: its weights, where they are to be found, or one that maps.
+  void run_points(Kernels::Kernel kernel, const Tensor& x, bool weighs, Kernels::Kernel lay_out, int64_t bytes) {
     Arguments& a = arguments;
-    const Kernels::Points& kernel = kernels.*pass;
+    const Kernels::Points& points = kernels.points;
+    a.weighs = weighs;
     const int64_t heights = 2 * kernels.components * static_cast<int64_t>(sizeof(double));
-    const Tensor workspace = empty(x, {heights + a.channels * kernel.bytes_of_channel}, ScalarType::Byte);
+    const int64_t sums = weighs ? a.channels * points.bytes_for_weights : 0;
+    const Tensor workspace = empty(x, {heights + sums + a.channels * bytes}, ScalarType::Byte);
     a.heights = static_cast<double*>(workspace.mutable_data_ptr());
-    a.channels_table = a.heights + 2 * kernels.components;
-    if (kernel.sum_components)
-      launch(kernel.sum_components, {kernels.components, kPointThreads, 1, 2 * kPointThreads * sizeof(double)}, stream,
+    char* const tables = reinterpret_cast<char*>(a.heights) + heights;
+    a.map_table = tables + sums;
+    a.sums_table = weighs ? tables : a.map_table;
+    const Launch of_table{kernels.components, kTableThreads, 1, 0};
+    if (weighs) {
+      launch(points.sum_components, {kernels.components, kTableThreads, 1, 2 * kTableThreads * sizeof(double)}, stream,
              a);
-    launch(kernel.lay_out, {kernels.components, kPointThreads, 1, 0}, stream, a);
-    launch(kernel.sum, {divide_up(a.points(), kernels.points_of_block), kPointThreads, 1, kernels.shared_of_points},
-           stream, a);
+      launch(points.lay_out_weights, of_table, stream, a);
+    }
+    if (lay_out) launch(lay_out, of_table, stream, a);
+    launch(kernel, {divide_up(a.points(), points.points_of_block), points.threads, 1, points.shared}, stream, a);
+  }
+
+  void run_joint_forward(Passes passes, const Tensor& x) {
+    const Kernels::Points& points = kernels.points;
+    const bool weighs = arguments.weighs && passes == Passes::kMap;
+    if (passes != Passes::kMap) {
+      run_points(points.weigh, x, true, nullptr, 0);
+      reduce<true>(kernels.forward.reduce, x);
+    }
+    if (passes != Passes::kReduce)
+      run_points(kernels.forward.map, x, weighs, points.lay_out_forward, points.bytes_forward);
+  }
+
+  void run_joint_backward(Passes passes, const Tensor& x) {
+    const Kernels::Points& points = kernels.points;
+    if (passes != Passes::kMap) reduce<false>(kernels.backward.reduce, x);
+    if (passes != Passes::kReduce)
+      run_points(kernels.backward.map, x, false, points.lay_out_backward, points.bytes_backward);
   }
 
   template <bool kForward>
   void run(const Kernels::Direction& direction, Passes passes, const Tensor& x) {
-    if (passes == Passes::kBoth && direction.both)
+    if (arguments.has_posterior()) return kForward ? run_joint_forward(passes, x) : run_joint_backward(passes, x);
+    if (passes == Passes::kBoth)
       if (const std::optional<Plan> plan = resident_plan(direction.both)) return launch_pass(direction.both, *plan);
     if (passes != Passes::kMap) reduce<kForward>(direction.reduce, x);
     if (passes != Passes::kReduce) launch_pass(direction.map, plan_map(extent, device, chosen));
@@ -154,15 +181,8 @@ struct Cuda {
     if (passes != Passes::kMap) work.finish<false>();
   }
 
-  static void weigh_points(const Problem& p, const Tensor& x) {
-    if (p.points() > 0) Work(p, x).run_points(&Kernels::weigh, x);
-  }
-  static void differentiate_weights(const Problem& p, const Tensor& x) {
-    if (p.points() > 0) Work(p, x).run_points(&Kernels::differentiate, x);
-  }
-
   // What fills up the last word is zero as well: the same input gives the same mask.
-  static bool writes_all_of_mask(const Problem& p) { return has_mask_in_bytes(p) && p.points() * p.channels % 32 == 0; }
+  static bool writes_all_of_mask(const Problem& p) { return mask_is_aligned(p) && p.points() * p.channels % 32 == 0; }
 
   template <class F>
   static void for_each(int64_t count, const F& f, const Tensor& like) {

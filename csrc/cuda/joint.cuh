@@ -1,5 +1,5 @@
-// Joint mode's two passes over all channels of a point: its weights (eqs 8-9), and the gradient of their logarithms,
-// from sums of the f_m of mixture.h. All else reads what they leave.
+// Joint mode's passes over all channels of a point: its weights (eqs 8-9), and the maps, forward and backward. A block
+// maps its points soon after it has summed over their channels: what it reads again is then still in the cache.
 #pragma once
 
 #include "reduce.cuh"
@@ -28,25 +28,46 @@ struct ChannelRows {
   }
 };
 
+// What a channel brings to the backward map.
+template <class T, int M>
+struct PointGradient {
+  static constexpr int kRows = InputGradient<T, M>::kRows + 2;
+  InputGradient<T, M> input;
+  LogOdds<T, M> densities;  // their heights play no part
+  CBN_METHOD T* row(int i) {
+    constexpr int kRowsOfInput = InputGradient<T, M>::kRows;
+    return i < kRowsOfInput ? input.row(i) : densities.row(i - kRowsOfInput);
+  }
+};
+
 // How the threads of a block share points and channels. Contiguous: lanes take neighbouring points, warps take turns at
 // the channels. channels_last: lanes take neighbouring channels of the warp's points.
 template <class C>
 struct PointBlock {
+  using S = typename C::S;
   static constexpr bool kLast = C::kChannelsLast;
-  static constexpr int kWarps = kPointThreads / kWarp;
-  static constexpr int kPoints = (kLast ? kWarp : kWarp / 2) / C::M;            // of a thread
-  static constexpr int kPointsOfBlock = kPoints * (kLast ? kWarps : kWarp);     // all of them
-  static constexpr int kTotals = kPointsOfBlock * C::M * (kLast ? 1 : kWarps);  // doubles in shared memory
+  static constexpr int M = C::M;
+  static constexpr int kThreads = M * C::kWords > 8 ? 256 : 512, kWarps = kThreads / kWarp;
+  static constexpr int kPoints = (kLast ? kWarp : kWarp / 2) / M;             // of a thread
+  static constexpr int kPointsOfBlock = kPoints * (kLast ? kWarps : kWarp);   // all of them
+  static constexpr int kChannelsOfTurn = kLast ? kWarp : kWarps;              // that a block's threads take at once
+  static constexpr int kTotals = kPointsOfBlock * M * (kLast ? 1 : kWarps);   // doubles in shared memory
+  static constexpr int kNumbers = kPointsOfBlock * M;                         // likewise of S, of weights
+  static constexpr unsigned kShared = kTotals * sizeof(double) + 2 * kNumbers * sizeof(S);
 
   const Arguments& a;
   int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int64_t first = static_cast<int64_t>(blockIdx.x) * kPointsOfBlock;
+  int64_t stride;  // between channels
   double* totals = reinterpret_cast<double*>(shared_memory());
+  S* weights = reinterpret_cast<S*>(totals + kTotals);  // [points, M]
+  S* gradients = weights + kNumbers;                    // [points, M] of the log-odds
 
-  __device__ __forceinline__ explicit PointBlock(const Arguments& a) : a(a) {}
+  __device__ __forceinline__ explicit PointBlock(const Arguments& a) : a(a), stride(kLast ? 1 : a.spatial) {}
 
   // The number of the thread's point k in the block.
   __device__ __forceinline__ int number(int k) const { return kLast ? warp * kPoints + k : k * kWarp + lane; }
+  __device__ __forceinline__ bool exists(int number) const { return first + number < a.points(); }
   // A point that does not exist is read as the last one, and not written.
   __device__ __forceinline__ int64_t point(int number) const {
     const int64_t point = first + number, last = a.points() - 1;
@@ -58,43 +79,66 @@ struct PointBlock {
     const int64_t n = image_of(a, point);
     return n * a.channels * a.spatial + point - n * a.spatial;
   }
+  // The thread's channel of a turn that begins with channel `begin` of the block.
+  __device__ __forceinline__ int64_t channel(int64_t begin) const { return begin + (kLast ? lane : warp); }
   __device__ __forceinline__ double& total(int number, int m, int part) const {
-    return totals[((kLast ? 0 : part) * C::M + m) * kPointsOfBlock + number];
+    return totals[((kLast ? 0 : part) * M + m) * kPointsOfBlock + number];
+  }
+  __device__ __forceinline__ void load(const S* numbers, int number, S (&to)[M]) const {
+    CBN_UNROLL
+    for (int m = 0; m < M; ++m) to[m] = numbers[number * M + m];
+  }
+
+  // The bit of an element in the mask. They lie channel by channel, in channels_last point by point.
+  __device__ __forceinline__ int64_t mask_bit(int64_t point, int64_t channel) const {
+    return kLast ? point * a.channels + channel : channel * a.points() + point;
+  }
+  // Each lane says whether the ReLU passed its element; lane 0's bit is `bit`, and the others' follow. Where `exists` is
+  // false no lane has an element.
+  __device__ __forceinline__ void store_mask(int64_t bit, bool passed, bool exists) const {
+    const unsigned bits = __ballot_sync(0xffffffffu, passed);
+    if (lane != 0 || !exists) return;
+    unsigned* const word = a.mask + bit / 32;
+    const int shift = static_cast<int>(bit % 32);
+    if (a.mask_is_aligned) {
+      *word = bits;
+    } else {
+      if (bits << shift) atomic_or(word, bits << shift);
+      if (shift && bits >> (32 - shift)) atomic_or(word + 1, bits >> (32 - shift));
+    }
   }
 };
 
-// Sums over the channels of each point: add(sums [M], rows, z, offset, channel, point) for each channel, then
-// finish(totals [M], point), one thread for each point.
-template <class C, template <class, int> class Rows, class Add, class Finish>
-__device__ __forceinline__ void sum_channels(const Arguments& a, Add add, Finish finish) {
+// Sums over the channels of each point: add(sums [M], rows, z, offset, channel, number) for each channel and each of
+// the thread's points, then finish(totals [M], number), one thread for each point of the block.
+template <template <class, int> class Rows, class C, class Add, class Finish>
+__device__ __forceinline__ void sum_channels(const PointBlock<C>& block, Add add, Finish finish) {
   using S = typename C::S;
   using B = PointBlock<C>;
   constexpr int M = C::M;
-  const B block(a);
-  const auto* table = static_cast<const ChannelRows<S, Rows, M>*>(a.channels_table);
+  const Arguments& a = block.a;
+  const auto* table = static_cast<const ChannelRows<S, Rows, M>*>(a.sums_table);
   const auto* x = static_cast<const typename C::Element*>(a.x);
-  const int64_t stride = B::kLast ? 1 : a.spatial;
-  int64_t point[B::kPoints], offset[B::kPoints];
+  int64_t offset[B::kPoints];
   CBN_UNROLL
   for (int k = 0; k < B::kPoints; ++k) {
-    point[k] = block.point(block.number(k));
-    offset[k] = block.offset(point[k]);
+    const int number = block.number(k);
+    offset[k] = block.offset(block.point(number));
     CBN_UNROLL
-    for (int m = 0; m < M; ++m) block.total(block.number(k), m, block.warp) = 0;
+    for (int m = 0; m < M; ++m) block.total(number, m, block.warp) = 0;
   }
-  constexpr int kTurn = B::kLast ? kWarp : B::kWarps;  // channels
   // All threads of a warp take as many turns: they add up together.
-  for (int64_t begin = 0; begin < a.channels; begin += kTurn * kChannelsPerFlush) {
+  for (int64_t begin = 0; begin < a.channels; begin += B::kChannelsOfTurn * kChannelsPerFlush) {
     S sums[B::kPoints][M] = {};
     for (int turn = 0; turn < kChannelsPerFlush; ++turn) {
-      const int64_t channel = begin + turn * kTurn + (B::kLast ? block.lane : block.warp);
+      const int64_t channel = block.channel(begin + turn * B::kChannelsOfTurn);
       if (channel >= a.channels) break;
       ChannelRows<S, Rows, M> of_channel = table[channel];
       const Rows<S, M> rows = of_channel.rows();
       CBN_UNROLL
       for (int k = 0; k < B::kPoints; ++k) {
-        const int64_t at = offset[k] + channel * stride;
-        add(sums[k], rows, static_cast<S>(x[at]) - of_channel.origin(), at, channel, point[k]);
+        const int64_t at = offset[k] + channel * block.stride;
+        add(sums[k], rows, static_cast<S>(x[at]) - of_channel.origin(), at, channel, block.number(k));
       }
     }
     CBN_UNROLL
@@ -107,26 +151,28 @@ __device__ __forceinline__ void sum_channels(const Arguments& a, Add add, Finish
     }
   }
   __syncthreads();
-  for (int number = threadIdx.x; number < B::kPointsOfBlock; number += kPointThreads) {
-    if (block.first + number >= a.points()) continue;
+  for (int number = threadIdx.x; number < B::kPointsOfBlock; number += B::kThreads) {
     double totals[M];
     CBN_UNROLL
     for (int m = 0; m < M; ++m) {
       totals[m] = 0;
       for (int part = 0; part < (B::kLast ? 1 : B::kWarps); ++part) totals[m] += block.total(number, m, part);
     }
-    finish(totals, block.first + number);
+    finish(totals, number);
   }
+  __syncthreads();
 }
 
-// The posterior [M, P]: each log-density is its height and a sum over the channels.
+// The weights of the block's points in shared memory and in the posterior [M, P]: each log-density is its height and a
+// sum over the channels.
 template <class C>
-__global__ void __launch_bounds__(kPointThreads, 1) weigh_kernel(const __grid_constant__ Arguments a) {
+__device__ __forceinline__ void weigh(const PointBlock<C>& block) {
   using S = typename C::S;
   constexpr int M = C::M;
-  sum_channels<C, Distances>(
-      a, [](S(&sums)[M], const Distances<S, M>& rows, S z, int64_t, int64_t, int64_t) { accumulate(sums, rows, z); },
-      [&](double (&totals)[M], int64_t point) {
+  const Arguments& a = block.a;
+  sum_channels<Distances>(
+      block, [](S(&sums)[M], const Distances<S, M>& rows, S z, int64_t, int64_t, int) { accumulate(sums, rows, z); },
+      [&](double (&totals)[M], int number) {
         S p[M], sum = 0;
         double top = -1e300;
         CBN_UNROLL
@@ -138,54 +184,168 @@ __global__ void __launch_bounds__(kPointThreads, 1) weigh_kernel(const __grid_co
         for (int m = 0; m < M; ++m) sum += p[m] = Math<S>::exp2(static_cast<S>(totals[m] - top));
         const S factor = Math<S>::reciprocal(sum);
         CBN_UNROLL
-        for (int m = 0; m < M; ++m)
-          if (m < a.components) static_cast<S*>(a.posterior)[m * a.points() + point] = p[m] * factor;
-      });
-}
-
-// The gradient of the log-odds [M, P]: q_m = p_m (F_m - sum_k p_k F_k).
-template <class C, bool kRelu>
-__device__ __forceinline__ void differentiate_weights(const Arguments& a) {
-  using S = typename C::S;
-  constexpr int M = C::M;
-  const int64_t P = a.points();
-  const S* const posterior = static_cast<const S*>(a.posterior);
-  const auto weight = [&](int m, int64_t point) { return m < a.components ? posterior[m * P + point] : S(0); };
-  sum_channels<C, InputGradient>(
-      a,
-      [&](S(&sums)[M], const InputGradient<S, M>& rows, S z, int64_t at, int64_t channel, int64_t point) {
-        S g = static_cast<S>(static_cast<const typename C::Element*>(a.grad)[at]), p[M] = {}, f[M];
-        if (kRelu) {
-          bool passed;
-          if (a.mask) {
-            const int64_t bit = C::kChannelsLast ? at : channel * P + point;
-            passed = a.mask[bit / 32] >> bit % 32 & 1;
-          } else {
-            CBN_UNROLL
-            for (int m = 0; m < M; ++m) p[m] = weight(m, point);
-            passed = passes_relu(combine(rows, p, z));
-          }
-          g = passed ? g : S(0);
+        for (int m = 0; m < M; ++m) {
+          block.weights[number * M + m] = p[m] *= factor;
+          if (m < a.components && block.exists(number))
+            static_cast<S*>(a.posterior)[m * a.points() + block.first + number] = p[m];
         }
-        direct_gradient(rows, p, z, g, f);
-        CBN_UNROLL
-        for (int m = 0; m < M; ++m) sums[m] += f[m];
-      },
-      [&](const double (&totals)[M], int64_t point) {
-        double mean = 0;
-        CBN_UNROLL
-        for (int m = 0; m < M; ++m) mean += static_cast<double>(weight(m, point)) * totals[m];
-        CBN_UNROLL
-        for (int m = 0; m < M; ++m)
-          if (m < a.components)
-            static_cast<S*>(a.posterior_gradient)[m * P + point] =
-                static_cast<S>(static_cast<double>(weight(m, point)) * (totals[m] - mean));
       });
 }
 
 template <class C>
-__global__ void __launch_bounds__(kPointThreads, 1) differentiate_weights_kernel(const __grid_constant__ Arguments a) {
-  a.relu ? differentiate_weights<C, true>(a) : differentiate_weights<C, false>(a);
+__global__ void __launch_bounds__(PointBlock<C>::kThreads, 1) weigh_kernel(const __grid_constant__ Arguments a) {
+  weigh(PointBlock<C>(a));
+}
+
+// The weights that were kept, into shared memory.
+template <class C>
+__device__ __forceinline__ void load_weights(const PointBlock<C>& block) {
+  using S = typename C::S;
+  const Arguments& a = block.a;
+  for (int i = threadIdx.x; i < PointBlock<C>::kNumbers; i += PointBlock<C>::kThreads) {
+    const int m = i / PointBlock<C>::kPointsOfBlock, number = i % PointBlock<C>::kPointsOfBlock;
+    block.weights[number * C::M + m] =
+        m < a.components ? static_cast<const S*>(a.posterior)[m * a.points() + block.point(number)] : S(0);
+  }
+  __syncthreads();
+}
+
+// The output's gradient; 0 where the ReLU did not pass the element.
+template <bool kPlain, class C>
+__device__ __forceinline__ typename C::S passed_gradient(const PointBlock<C>& block,
+                                                         const InputGradient<typename C::S, C::M>& rows,
+                                                         const typename C::S (&p)[C::M], typename C::S z, int64_t at,
+                                                         int64_t channel, int number) {
+  using S = typename C::S;
+  const Arguments& a = block.a;
+  const S g = static_cast<S>(static_cast<const typename C::Element*>(a.grad)[at]);
+  if (kPlain || !a.relu) return g;
+  if (!a.mask) return passes_relu(combine(rows, p, z)) ? g : S(0);
+  const int64_t bit = block.mask_bit(block.point(number), channel);
+  return a.mask[bit / 32] >> bit % 32 & 1 ? g : S(0);
+}
+
+// The gradient of the log-odds of the block's points, in shared memory: q_m = p_m (F_m - sum_k p_k F_k).
+template <bool kPlain, class C>
+__device__ __forceinline__ void differentiate_weights(const PointBlock<C>& block) {
+  using S = typename C::S;
+  constexpr int M = C::M;
+  sum_channels<PointGradient>(
+      block,
+      [&](S(&sums)[M], const PointGradient<S, M>& rows, S z, int64_t at, int64_t channel, int number) {
+        S p[M], f[M];
+        block.load(block.weights, number, p);
+        const S g = passed_gradient<kPlain>(block, rows.input, p, z, at, channel, number);
+        direct_gradient(rows.input, p, z, g, f);
+        CBN_UNROLL
+        for (int m = 0; m < M; ++m) sums[m] += f[m];
+      },
+      [&](const double (&totals)[M], int number) {
+        S p[M];
+        block.load(block.weights, number, p);
+        double mean = 0;
+        CBN_UNROLL
+        for (int m = 0; m < M; ++m) mean += static_cast<double>(p[m]) * totals[m];
+        CBN_UNROLL
+        for (int m = 0; m < M; ++m)
+          block.gradients[number * M + m] = static_cast<S>(static_cast<double>(p[m]) * (totals[m] - mean));
+      });
+}
+
+// Calls visit(rows, z, offset, channel, number) for the elements of the block, the last channels first: they were read
+// last. All lanes of a warp take part in each call, also where they have no element.
+template <template <class, int> class Rows, class C, class Visit>
+__device__ __forceinline__ void for_each_element(const PointBlock<C>& block, Visit visit) {
+  using S = typename C::S;
+  using B = PointBlock<C>;
+  const Arguments& a = block.a;
+  const auto* table = static_cast<const ChannelRows<S, Rows, C::M>*>(a.map_table);
+  const auto* x = static_cast<const typename C::Element*>(a.x);
+  int64_t offset[B::kPoints];
+  CBN_UNROLL
+  for (int k = 0; k < B::kPoints; ++k) offset[k] = block.offset(block.point(block.number(k)));
+  const int64_t turns = divide_up(a.channels, B::kChannelsOfTurn);
+  for (int64_t turn = turns; turn-- > 0;) {
+    const int64_t channel = block.channel(turn * B::kChannelsOfTurn);
+    if (!B::kLast && channel >= a.channels) continue;
+    const int64_t read = channel < a.channels ? channel : a.channels - 1;
+    ChannelRows<S, Rows, C::M> of_channel = table[read];
+    const Rows<S, C::M> rows = of_channel.rows();
+    CBN_UNROLL
+    for (int k = 0; k < B::kPoints; ++k) {
+      const int64_t at = offset[k] + read * block.stride;
+      visit(rows, static_cast<S>(x[at]) - of_channel.origin(), at, channel, block.number(k));
+    }
+  }
+}
+
+template <bool kPlain, class C>
+__device__ __forceinline__ void normalise(const PointBlock<C>& block) {
+  using S = typename C::S;
+  using E = typename C::Element;
+  constexpr int M = C::M;
+  const Arguments& a = block.a;
+  for_each_element<Branches>(block, [&](const Branches<S, M>& branches, S z, int64_t at, int64_t channel, int number) {
+    S p[M];
+    block.load(block.weights, number, p);
+    S y = combine(branches, p, z);
+    if (!kPlain && a.residual) y += static_cast<S>(static_cast<const E*>(a.residual)[at]);
+    const bool exists = block.exists(number) && channel < a.channels;
+    if (!kPlain && a.relu) {
+      const bool passed = passes_relu(y);
+      y = passed ? y : S(0);
+      if (a.mask) {
+        const int channels_before = C::kChannelsLast ? block.lane : 0, points_before = block.lane - channels_before;
+        const int64_t point = block.first + number - points_before;
+        block.store_mask(block.mask_bit(point, channel - channels_before), exists && passed, point < a.points());
+      }
+    }
+    if (exists) store_global(static_cast<E*>(a.out) + at, static_cast<E>(y));
+  });
+}
+
+// `constant`: the weights are taken for constants.
+template <bool kPlain, class C>
+__device__ __forceinline__ void differentiate(const PointBlock<C>& block, bool constant) {
+  using S = typename C::S;
+  using E = typename C::Element;
+  constexpr int M = C::M;
+  const Arguments& a = block.a;
+  for_each_element<PointGradient>(
+      block, [&](const PointGradient<S, M>& rows, S z, int64_t at, int64_t channel, int number) {
+        S p[M], f[M];
+        block.load(block.weights, number, p);
+        const bool exists = block.exists(number) && channel < a.channels;
+        const S g = passed_gradient<kPlain>(block, rows.input, p, z, at, exists ? channel : 0, number);
+        S grad_x = direct_gradient(rows.input, p, z, g, f);
+        if (!constant) {
+          S q[M];
+          block.load(block.gradients, number, q);
+          grad_x += joint_covariance(rows.densities, q, z);
+        }
+        if (!exists) return;
+        store_global(static_cast<E*>(a.out) + at, static_cast<E>(grad_x));
+        if (!kPlain && a.grad_residual) store_global(static_cast<E*>(a.grad_residual) + at, static_cast<E>(g));
+      });
+}
+
+// The output, in evaluation with weights of its own; or the input's gradient.
+template <class C, Pass pass>
+__global__ void __launch_bounds__(PointBlock<C>::kThreads, 1) map_points_kernel(const __grid_constant__ Arguments a) {
+  const PointBlock<C> block(a);
+  const bool plain = !C::kGeneralOnly && !a.relu && !a.residual;
+  if (pass == Pass::kNormalise && a.weighs)
+    weigh(block);
+  else
+    load_weights(block);
+  if constexpr (pass == Pass::kNormalise) {
+    plain ? normalise<true>(block) : normalise<false>(block);
+  } else if (a.detach_responsibility) {
+    plain ? differentiate<true>(block, true) : differentiate<false>(block, true);
+  } else {
+    plain ? differentiate_weights<true>(block) : differentiate_weights<false>(block);
+    plain ? differentiate<true>(block, false) : differentiate<false>(block, false);
+  }
 }
 
 // What z = x - origin of a channel is relative to in the sums of Distances; a sample that is not finite must not spoil
@@ -195,58 +355,74 @@ __device__ double origin_of_points(const Arguments& a, int64_t channel) {
   return finite_or(sampled_origin<C>(a, channel), Component<typename C::S>{a, channel}.read(a.mean, 0));
 }
 
-// Sums over the channels of a component, in a fixed order: of its peaks, and of its squared
-// distances from the channels' medians. A block for each component.
+// Sums over the channels of a component, in a fixed order: of its peaks, and of its squared distances from
+// the channels' medians. A block for each component.
 template <class C>
-__global__ void __launch_bounds__(kPointThreads, 1) sum_components_kernel(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kTableThreads, 1) sum_components_kernel(const __grid_constant__ Arguments a) {
   using S = typename C::S;
   double* const sums = reinterpret_cast<double*>(shared_memory());  // [2, threads]
   const int m = blockIdx.x;
   if (m >= a.components) return;
   const double prior = log_prior(Component<S>{a, m * a.channels}.prior(1));
   double height = 0, distance = 0;
-  for (int64_t channel = threadIdx.x; channel < a.channels; channel += kPointThreads) {
+  for (int64_t channel = threadIdx.x; channel < a.channels; channel += kTableThreads) {
     const LogDensity density = Component<S>{a, m * a.channels + channel}.density(1);
     height += density.peak;
     distance += squared_distance(density, origin_of_points<C>(a, channel));
   }
   sums[threadIdx.x] = height;
-  sums[kPointThreads + threadIdx.x] = distance;
+  sums[kTableThreads + threadIdx.x] = distance;
   __syncthreads();
   if (threadIdx.x != 0) return;
-  for (int thread = 1; thread < kPointThreads; ++thread) {
+  for (int thread = 1; thread < kTableThreads; ++thread) {
     height += sums[thread];
-    distance += sums[kPointThreads + thread];
+    distance += sums[kTableThreads + thread];
   }
   a.heights[m] = prior + height;
   a.heights[C::M + m] = distance;
 }
 
-// Lays out what the channels bring: Distances, or InputGradient. A block for each compiled component.
-template <class C, bool kForward>
-__global__ void __launch_bounds__(kPointThreads, 1) lay_out_kernel(const __grid_constant__ Arguments a) {
+// What the channels bring to a pass: Distances for its weights (Pass::kMoments), Branches or PointGradient. A block for
+// each compiled component.
+template <class C, Pass pass>
+__global__ void __launch_bounds__(kTableThreads, 1) lay_out_kernel(const __grid_constant__ Arguments a) {
   using S = typename C::S;
   constexpr int M = C::M;
-  using Table = std::conditional_t<kForward, ChannelRows<S, Distances, M>, ChannelRows<S, InputGradient, M>>;
-  auto* table = static_cast<Table*>(a.channels_table);
   const int m = blockIdx.x;
   const bool exists = m < a.components;
   int reference = 0;
-  for (int other = 1; kForward && other < a.components; ++other)
+  for (int other = 1; pass == Pass::kMoments && other < a.components; ++other)
     if (a.heights[M + other] < a.heights[M + reference]) reference = other;
-  for (int64_t channel = threadIdx.x; channel < a.channels; channel += kPointThreads) {
-    const S origin = static_cast<S>(kForward ? origin_of_points<C>(a, channel) : used_origin<S>(a, channel));
-    if (m == 0) table[channel].origin() = origin;
-    const Component<S> component{a, (exists ? m : 0) * a.channels + channel};
-    const auto store = [&](auto rows) {
+  // make(component, origin) gives its rows.
+  const auto lay_out = [&](auto* table, auto make) {
+    for (int64_t channel = threadIdx.x; channel < a.channels; channel += kTableThreads) {
+      const S origin =
+          static_cast<S>(pass == Pass::kMoments ? origin_of_points<C>(a, channel) : used_origin<S>(a, channel));
+      if (m == 0) table[channel].origin() = origin;
+      auto rows = make(Component<S>{a, (exists ? m : 0) * a.channels + channel}, static_cast<double>(origin));
       for (int i = 0; i < rows.kRows; ++i) table[channel].at(i * M + m) = exists ? static_cast<S>(*rows.row(i)) : S(0);
-    };
-    if constexpr (kForward)
-      store(distances(component.density(1), Component<S>{a, reference * a.channels + channel}.density(1),
-                      static_cast<double>(origin)));
-    else
-      store(component.input_gradient(component.used(), static_cast<double>(origin), component.read(a.grad_weight, 0),
-                                     component.read(a.grad_bias, 0)));
+    }
+  };
+  if constexpr (pass == Pass::kMoments) {
+    lay_out(static_cast<ChannelRows<S, Distances, M>*>(a.sums_table), [&](auto component, double origin) {
+      const Component<S> nearest{a, reference * a.channels + component.i % a.channels};
+      return distances(component.density(1), nearest.density(1), origin);
+    });
+  } else if constexpr (pass == Pass::kNormalise) {
+    lay_out(static_cast<ChannelRows<S, Branches, M>*>(a.map_table), [&](auto component, double origin) {
+      if (exists) component.keep_running();
+      return component.branch(component.used(), origin);
+    });
+  } else {
+    lay_out(static_cast<ChannelRows<S, PointGradient, M>*>(a.map_table), [&](auto component, double origin) {
+      PointGradient<double, 1> rows{};
+      rows.input = component.input_gradient(component.used(), origin, component.read(a.grad_weight, 0),
+                                            component.read(a.grad_bias, 0));
+      const Parabola density = parabola(component.density(1), origin);
+      rows.densities.curvature[0] = density.curvature[0];
+      rows.densities.centre[0] = density.centre[0];
+      return rows;
+    });
   }
 }
 

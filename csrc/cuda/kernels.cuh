@@ -356,21 +356,20 @@ Kernels kernels_for() {
            resident_kernel<C, Pass::kInputGradient>}};
 }
 
-// Joint mode streams: its backward map waits for a pass over all channels.
+// Joint mode streams: its maps have all channels of a point.
 template <class C>
 Kernels kernels_for_joint() {
   using B = PointBlock<C>;
   using S = typename C::S;
-  return {
-      C::V,
-      C::M,
-      C::kThreads,
-      {reduce_kernel<C, Pass::kMoments>, map_kernel<C, Pass::kNormalise>, nullptr},
-      {reduce_kernel<C, Pass::kGradientSums>, map_kernel<C, Pass::kInputGradient>, nullptr},
-      {sum_components_kernel<C>, lay_out_kernel<C, true>, weigh_kernel<C>, sizeof(ChannelRows<S, Distances, C::M>)},
-      {nullptr, lay_out_kernel<C, false>, differentiate_weights_kernel<C>, sizeof(ChannelRows<S, InputGradient, C::M>)},
-      B::kPointsOfBlock,
-      B::kTotals * sizeof(double)};
+  return {C::V,
+          C::M,
+          C::kThreads,
+          {reduce_kernel<C, Pass::kMoments>, map_points_kernel<C, Pass::kNormalise>, nullptr},
+          {reduce_kernel<C, Pass::kGradientSums>, map_points_kernel<C, Pass::kInputGradient>, nullptr},
+          {sum_components_kernel<C>, lay_out_kernel<C, Pass::kMoments>, weigh_kernel<C>,
+           lay_out_kernel<C, Pass::kNormalise>, lay_out_kernel<C, Pass::kInputGradient>,
+           sizeof(ChannelRows<S, Distances, C::M>), sizeof(ChannelRows<S, Branches, C::M>),
+           sizeof(ChannelRows<S, PointGradient, C::M>), B::kPointsOfBlock, B::kThreads, B::kShared}};
 }
 
 template <class E, bool kLast>
@@ -403,7 +402,7 @@ Kernels kernels_of_groups(int components) {
 
 template <class E>
 Kernels kernels_of(int components, bool channels_last, Mode mode) {
-  if (mode == Mode::kJoint && components > 1)
+  if (has_posterior(mode, components))
     return channels_last ? kernels_of_joint<E, true>(components) : kernels_of_joint<E, false>(components);
   if (mode == Mode::kGroups)
     return channels_last ? kernels_of_groups<E, true>(components) : kernels_of_groups<E, false>(components);

@@ -211,7 +211,7 @@ struct Walk {
   // Bit v says whether the ReLU passed element v. All threads of the warp must call this, also without elements.
   __device__ __forceinline__ void store_mask(unsigned bits) const {
     const int64_t first = mask_bit();
-    if (block.a.mask_in_bytes) {
+    if (block.a.mask_is_aligned) {
       // Chunks that share a byte belong to neighbouring threads.
       constexpr int kChunksOfByte = 8 / V;
       int byte = static_cast<int>(bits << V * (threadIdx.x % kChunksOfByte));

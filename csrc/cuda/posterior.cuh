@@ -94,23 +94,19 @@ struct GivenPosterior {
     return m;
   }
 
+  // There are no odds: what does not exist has coefficients of 0.
   template <Pass pass, class C>
-  static __device__ __forceinline__ void prepare_origins(const Block<C>& block, const Shared<C>& shared) {
+  static __device__ __forceinline__ bool prepare(const Block<C>& block, const Shared<C>& shared) {
     for (int j = threadIdx.x; j < shared.K; j += blockDim.x) shared.origin[j] = origin_of<C, pass>(block, j);
+    for_each_place(block, shared, [](int, int, bool) {});
+    __syncthreads();
+    return false;
   }
 };
 
 // The group of the point's image weighs (eqs 17-18): 1 for that component. A constant, whose gradient is 0.
 struct GroupPosterior : GivenPosterior {
   static constexpr bool kConstant = true, kHasPlainForm = false;
-
-  template <Pass pass, class C>
-  static __device__ __forceinline__ bool prepare(const Block<C>& block, const Shared<C>& shared) {
-    prepare_origins<pass>(block, shared);
-    for_each_place(block, shared, [](int, int, bool) {});
-    __syncthreads();
-    return false;
-  }
 
   template <class C, bool>
   struct Weights {
@@ -143,24 +139,9 @@ struct GroupPosterior : GivenPosterior {
   };
 };
 
-// Joint mode: the points' weights are read, [M, P], and so is the gradient of their logarithms.
+// Joint mode: the points' weights are read, [M, P]. For the reductions; its maps are joint.cuh's.
 struct JointPosterior : GivenPosterior {
   static constexpr bool kConstant = false, kHasPlainForm = true;
-
-  template <Pass pass, class C>
-  static __device__ __forceinline__ bool prepare(const Block<C>& block, const Shared<C>& shared) {
-    prepare_origins<pass>(block, shared);
-    __syncthreads();
-    for_each_place(block, shared, [&](int m, int j, bool exists) {
-      Parabola density{};
-      if (pass == Pass::kInputGradient && exists)
-        density = parabola(Component<typename C::S>{block.a, m * block.a.channels + block.first_channel + j}.density(1),
-                           shared.origin[j]);
-      shared.store(0, m, j, density);
-    });
-    __syncthreads();
-    return false;
-  }
 
   template <class C, bool>
   struct Weights {
@@ -172,38 +153,31 @@ struct JointPosterior : GivenPosterior {
     const bool whole;  // chunks lie together and aligned in the rows of weights
     int64_t point;
     int count;
-    S p[kPoints][M], q[kPoints][M];
-    LogOdds<S, M> densities[C::kChannels];
+    S p[kPoints][M];
 
-    __device__ __forceinline__ Weights(const Block<C>& block, const Shared<C>& shared)
-        : a(block.a), begin(block.begin), whole(block.a.points() % kPoints == 0) {
-      load_coefficients(block, shared, 0, densities);
-    }
+    __device__ __forceinline__ Weights(const Block<C>& block, const Shared<C>&)
+        : a(block.a), begin(block.begin), whole(block.a.points() % kPoints == 0) {}
     template <bool kPlain>
     __device__ __forceinline__ void move_to(const Walk<C>& walk) {
       point = begin + walk.point;
       const int elements = walk.template count<kPlain>();
       count = C::kChannelsLast ? elements > 0 : elements;
-      load<kPlain>(a.posterior, p);
+      load<kPlain>();
     }
     __device__ __forceinline__ S operator()(int v, S, S (&e)[M]) const {
       CBN_UNROLL
       for (int m = 0; m < M; ++m) e[m] = p[C::kChannelsLast ? 0 : v][m];
       return S(1);
     }
-    template <bool kPlain>
-    __device__ __forceinline__ S covariance(int v, const S (&)[M], S z, const S (&)[M]) {
-      if (v == 0) load<kPlain>(a.posterior_gradient, q);
-      return joint_covariance(densities[C::kChannelsLast ? v : 0], q[C::kChannelsLast ? 0 : v], z);
-    }
 
-    // A number of each component and point of the chunk, 0 where there is no point. Components that pad M have no
-    // coefficients: any number does.
+   private:
+    // The weights of the chunk's points, 0 where there is none. Components that pad M have no coefficients: any weight
+    // does.
     template <bool kPlain>
-    __device__ __forceinline__ void load(const void* from, S (&to)[kPoints][M]) const {
+    __device__ __forceinline__ void load() {
       CBN_UNROLL
       for (int m = 0; m < M; ++m) {
-        const S* row = static_cast<const S*>(from) + (m < a.components ? m : 0) * a.points() + point;
+        const S* row = static_cast<const S*>(a.posterior) + (m < a.components ? m : 0) * a.points() + point;
         Pack<S, kPoints> values{};
         if (kPlain || whole) {
           if (count > 0) values = *reinterpret_cast<const Pack<S, kPoints>*>(row);
@@ -213,7 +187,7 @@ struct JointPosterior : GivenPosterior {
             if (v < count) values.element[v] = row[v];
         }
         CBN_UNROLL
-        for (int v = 0; v < kPoints; ++v) to[v][m] = values.element[v];
+        for (int v = 0; v < kPoints; ++v) p[v][m] = values.element[v];
       }
     }
   };

@@ -34,8 +34,9 @@ PYBIND11_MODULE(_host, m) {
 
   namespace py = pybind11;
   py::class_<cbn::Device>(m, "Device",
-                          "What a CUDA device allows: shared_memory in bytes of a block, cluster in blocks.")
-      .def(py::init<int, int, int>(), py::arg("multiprocessors"), py::arg("shared_memory"), py::arg("cluster"));
+                          "What a CUDA device allows: shared_memory in bytes of a block, cluster in blocks, cache in bytes.")
+      .def(py::init<int, int, int, int>(), py::arg("multiprocessors"), py::arg("shared_memory"), py::arg("cluster"),
+           py::arg("cache"));
   py::class_<cbn::Tuning>(m, "Tuning", "What a measurement may change: cluster, blocks, ahead, threads; see launch.h.")
       .def(py::init<int, int, int, int>(), py::arg("cluster") = cbn::Tuning{}.cluster,
            py::arg("blocks") = cbn::Tuning{}.blocks, py::arg("ahead") = cbn::Tuning{}.ahead,
@@ -61,6 +62,13 @@ PYBIND11_MODULE(_host, m) {
         "Plan of a pass that reads values from global memory and leaves the sums of its splits there.");
   m.def("plan_map", &cbn::plan_map, py::arg("extent"), py::arg("device"), py::arg("tuning"),
         "Plan of a pass that reads values from global memory and maps them.");
+  py::class_<cbn::PointLimits>(m, "PointLimits", "What joint mode's passes over the channels of points are compiled for.")
+      .def(py::init<int, int, int, unsigned>(), py::arg("threads"), py::arg("points_of_thread"), py::arg("side"),
+           py::arg("shared"));
+  m.def("points_of_thread", &cbn::points_of_thread, py::arg("extent"), py::arg("limits"), py::arg("device"),
+        "Points of a thread in these passes.");
+  m.def("splits_of_moments", &cbn::splits_of_moments, py::arg("extent"), py::arg("limits"), py::arg("device"),
+        "Blocks that weigh points and leave sums of their moments; 0 where the moments are a pass of their own.");
   m.def("bytes_of_sums", &cbn::bytes_of_sums, py::arg("extent"), py::arg("splits"),
         "Memory of the sums that a reduction leaves.");
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../problem.h"
+#include "launch.h"
 
 namespace cbn {
 
@@ -25,6 +26,7 @@ struct Arguments : Problem {
   void* sums_table;
   void* map_table;
   double* heights;  // [2, M] as compiled: sums of each component's peaks, and its distance from the points
+  int points_of_thread;  // in these passes
 };
 
 // Threads of a block that prepares these tables.
@@ -48,9 +50,8 @@ struct Kernels {
     Kernel sum_components, lay_out_weights, weigh;
     Kernel lay_out_forward, lay_out_backward;  // for the maps
     int64_t bytes_for_weights, bytes_forward, bytes_backward;  // of a channel in the tables
-    int64_t points_of_block;
-    int threads;
-    unsigned shared;  // bytes
+    PointLimits limits;
+    unsigned shared;  // bytes, without moments
   };
   Points points;
 };

@@ -89,17 +89,23 @@ struct Work {
            arguments);
   }
 
+  // Memory for the sums of splits, and for what they are relative to.
+  Tensor make_partials(const Tensor& x, int64_t splits, int rows) {
+    const int64_t sums = splits * rows * arguments.components * arguments.channels;
+    const Tensor workspace = empty(x, {sums + arguments.channels}, statistics_type(x.scalar_type()));
+    arguments.splits = splits;
+    arguments.partials = workspace.mutable_data_ptr();
+    arguments.origins = static_cast<char*>(arguments.partials) + sums * extent.statistic_size;
+    return workspace;
+  }
+
   // The streaming reduction; the residual is for the map.
   template <bool kForward>
   void reduce(Kernels::Kernel kernel, const Tensor& x) {
     Extent reduced = extent;
     if (kForward) reduced.tensors = 1;
     const Plan plan = plan_reduction(reduced, device, chosen);
-    const int64_t rows = kForward ? kMomentRows : kGradientRows;
-    const int64_t sums = plan.splits * rows * arguments.components * arguments.channels;
-    const Tensor workspace = empty(x, {sums + arguments.channels}, statistics_type(x.scalar_type()));
-    arguments.partials = workspace.mutable_data_ptr();
-    arguments.origins = static_cast<char*>(arguments.partials) + sums * extent.statistic_size;
+    const Tensor sums = make_partials(x, plan.splits, kForward ? kMomentRows : kGradientRows);
     launch_pass(kernel, plan);
     finish<kForward>();
   }
@@ -111,49 +117,63 @@ struct Work {
     return plan_resident(extent, device, chosen);
   }
 
-  // A pass of joint mode over all channels of each point: its weights, where they are to be found, or one that maps.
-  void run_points(Kernels::Kernel kernel, const Tensor& x, bool weighs, Kernels::Kernel lay_out, int64_t bytes) {
+  // Lays out the tables of a pass of joint mode over all channels of each point, which weighs them, or maps, or both.
+  Tensor lay_out_points(const Tensor& x, bool weighs, Kernels::Kernel for_map, int64_t bytes_for_map) {
     Arguments& a = arguments;
     const Kernels::Points& points = kernels.points;
-    a.weighs = weighs;
     const int64_t heights = 2 * kernels.components * static_cast<int64_t>(sizeof(double));
-    const int64_t sums = weighs ? a.channels * points.bytes_for_weights : 0;
-    const Tensor workspace = empty(x, {heights + sums + a.channels * bytes}, ScalarType::Byte);
-    a.heights = static_cast<double*>(workspace.mutable_data_ptr());
-    char* const tables = reinterpret_cast<char*>(a.heights) + heights;
-    a.map_table = tables + sums;
-    a.sums_table = weighs ? tables : a.map_table;
-    const Launch of_table{kernels.components, kTableThreads, 1, 0};
-    if (weighs) {
-      launch(points.sum_components, {kernels.components, kTableThreads, 1, 2 * kTableThreads * sizeof(double)}, stream,
-             a);
-      launch(points.lay_out_weights, of_table, stream, a);
-    }
-    if (lay_out) launch(lay_out, of_table, stream, a);
-    launch(kernel, {divide_up(a.points(), points.points_of_block), points.threads, 1, points.shared}, stream, a);
+    const int64_t for_weights = weighs ? a.channels * points.bytes_for_weights : 0;
+    const Tensor workspace = empty(x, {heights + for_weights + a.channels * bytes_for_map}, ScalarType::Byte);
+    char* const memory = static_cast<char*>(workspace.mutable_data_ptr());
+    a.weighs = weighs;
+    a.heights = reinterpret_cast<double*>(memory);
+    a.sums_table = memory + heights;
+    a.map_table = memory + heights + for_weights;
+    const Launch shape{kernels.components, kTableThreads, 1, 2 * kTableThreads * sizeof(double)};
+    if (weighs) launch(points.sum_components, shape, stream, a);
+    if (weighs) launch(points.lay_out_weights, shape, stream, a);
+    if (for_map) launch(for_map, shape, stream, a);
+    return workspace;
   }
 
-  void run_joint_forward(Passes passes, const Tensor& x) {
-    const Kernels::Points& points = kernels.points;
-    const bool weighs = arguments.weighs && passes == Passes::kMap;
-    if (passes != Passes::kMap) {
-      run_points(points.weigh, x, true, nullptr, 0);
-      reduce<true>(kernels.forward.reduce, x);
-    }
-    if (passes != Passes::kReduce)
-      run_points(kernels.forward.map, x, weighs, points.lay_out_forward, points.bytes_forward);
+  void launch_points(Kernels::Kernel kernel, const Extent& worked, int64_t splits, unsigned shared) {
+    const PointLimits& limits = kernels.points.limits;
+    arguments.points_of_thread = points_of_thread(worked, limits, device);
+    const int64_t tiles = divide_up(worked.points, static_cast<int64_t>(arguments.points_of_thread) * limits.side);
+    launch(kernel, {splits > 0 ? splits : tiles, limits.threads, 1, shared}, stream, arguments);
   }
 
-  void run_joint_backward(Passes passes, const Tensor& x) {
+  // The posterior, and the batch's statistics, in the same pass where that is no slower.
+  void weigh_and_reduce(const Tensor& x) {
     const Kernels::Points& points = kernels.points;
-    if (passes != Passes::kMap) reduce<false>(kernels.backward.reduce, x);
-    if (passes != Passes::kReduce)
-      run_points(kernels.backward.map, x, false, points.lay_out_backward, points.bytes_backward);
+    Extent weighed = extent;
+    weighed.tensors = 1;
+    const int64_t splits = splits_of_moments(weighed, points.limits, device);
+    if (splits == 0) {
+      const Tensor tables = lay_out_points(x, true, nullptr, 0);
+      launch_points(points.weigh, weighed, 0, points.shared);
+      return reduce<true>(kernels.forward.reduce, x);
+    }
+    const Tensor sums = make_partials(x, splits, kMomentRows);
+    const Tensor tables = lay_out_points(x, true, nullptr, 0);
+    launch_points(points.weigh, weighed, splits, points.limits.shared);
+    finish<true>();
+  }
+
+  template <bool kForward>
+  void run_joint(Passes passes, const Tensor& x) {
+    const Kernels::Points& points = kernels.points;
+    if (passes != Passes::kMap) kForward ? weigh_and_reduce(x) : reduce<false>(kernels.backward.reduce, x);
+    if (passes == Passes::kReduce) return;
+    const bool weighs = kForward && arguments.weighs && passes == Passes::kMap;
+    const Tensor tables = kForward ? lay_out_points(x, weighs, points.lay_out_forward, points.bytes_forward)
+                                   : lay_out_points(x, false, points.lay_out_backward, points.bytes_backward);
+    launch_points(kForward ? kernels.forward.map : kernels.backward.map, extent, 0, points.shared);
   }
 
   template <bool kForward>
   void run(const Kernels::Direction& direction, Passes passes, const Tensor& x) {
-    if (arguments.has_posterior()) return kForward ? run_joint_forward(passes, x) : run_joint_backward(passes, x);
+    if (arguments.has_posterior()) return run_joint<kForward>(passes, x);
     if (passes == Passes::kBoth)
       if (const std::optional<Plan> plan = resident_plan(direction.both)) return launch_pass(direction.both, *plan);
     if (passes != Passes::kMap) reduce<kForward>(direction.reduce, x);

@@ -1,5 +1,5 @@
 // Joint mode's passes over all channels of a point: its weights (eqs 8-9), and the maps, forward and backward. A block
-// maps its points soon after it has summed over their channels: what it reads again is then still in the cache.
+// works again on its points soon after it has summed over their channels: what it reads is then still in the cache.
 #pragma once
 
 #include "reduce.cuh"
@@ -48,25 +48,34 @@ struct PointBlock {
   static constexpr bool kLast = C::kChannelsLast;
   static constexpr int M = C::M;
   static constexpr int kThreads = M * C::kWords > 8 ? 256 : 512, kWarps = kThreads / kWarp;
-  static constexpr int kPoints = (kLast ? kWarp : kWarp / 2) / M;             // of a thread
-  static constexpr int kPointsOfBlock = kPoints * (kLast ? kWarps : kWarp);   // all of them
-  static constexpr int kChannelsOfTurn = kLast ? kWarp : kWarps;              // that a block's threads take at once
-  static constexpr int kTotals = kPointsOfBlock * M * (kLast ? 1 : kWarps);   // doubles in shared memory
-  static constexpr int kNumbers = kPointsOfBlock * M;                         // likewise of S, of weights
-  static constexpr unsigned kShared = kTotals * sizeof(double) + 2 * kNumbers * sizeof(S);
+  static constexpr int kPoints = (kLast ? kWarp : kWarp / 2) / M;           // of a thread at most
+  static constexpr int kSide = kLast ? kWarps : kWarp;                      // points of the block for each of these
+  static constexpr int kMostPoints = kPoints * kSide;                       // of the block
+  static constexpr int kChannelsOfTurn = kLast ? kWarp : kWarps;            // that the block's threads take at once
+  // Shared memory: weights and gradients of the log-odds, [points, M] of S; then a room that the passes use in turn.
+  static constexpr int kNumbers = kMostPoints * M;
+  static constexpr unsigned kRoom = 2 * kNumbers * sizeof(S);
+  static constexpr unsigned kShared = kRoom + kNumbers * (kLast ? 1 : kWarps) * sizeof(double);
 
   const Arguments& a;
   int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  int64_t first = static_cast<int64_t>(blockIdx.x) * kPointsOfBlock;
+  int count;       // points of the thread
+  int points;      // of the block, some of them perhaps beyond P
+  int64_t first;   // of them
   int64_t stride;  // between channels
-  double* totals = reinterpret_cast<double*>(shared_memory());
-  S* weights = reinterpret_cast<S*>(totals + kTotals);  // [points, M]
-  S* gradients = weights + kNumbers;                    // [points, M] of the log-odds
+  S* weights = reinterpret_cast<S*>(shared_memory());
+  S* gradients = weights + kNumbers;
+  unsigned char* room = shared_memory() + kRoom;
 
-  __device__ __forceinline__ explicit PointBlock(const Arguments& a) : a(a), stride(kLast ? 1 : a.spatial) {}
+  __device__ __forceinline__ PointBlock(const Arguments& a, int64_t tile)
+      : a(a),
+        count(a.points_of_thread),
+        points(count * kSide),
+        first(tile * points),
+        stride(kLast ? 1 : a.spatial) {}
 
   // The number of the thread's point k in the block.
-  __device__ __forceinline__ int number(int k) const { return kLast ? warp * kPoints + k : k * kWarp + lane; }
+  __device__ __forceinline__ int number(int k) const { return kLast ? warp * count + k : k * kWarp + lane; }
   __device__ __forceinline__ bool exists(int number) const { return first + number < a.points(); }
   // A point that does not exist is read as the last one, and not written.
   __device__ __forceinline__ int64_t point(int number) const {
@@ -82,7 +91,7 @@ struct PointBlock {
   // The thread's channel of a turn that begins with channel `begin` of the block.
   __device__ __forceinline__ int64_t channel(int64_t begin) const { return begin + (kLast ? lane : warp); }
   __device__ __forceinline__ double& total(int number, int m, int part) const {
-    return totals[((kLast ? 0 : part) * M + m) * kPointsOfBlock + number];
+    return reinterpret_cast<double*>(room)[((kLast ? 0 : part) * M + m) * kMostPoints + number];
   }
   __device__ __forceinline__ void load(const S* numbers, int number, S (&to)[M]) const {
     CBN_UNROLL
@@ -109,19 +118,39 @@ struct PointBlock {
   }
 };
 
-// Sums over the channels of each point: add(sums [M], rows, z, offset, channel, number) for each channel and each of
-// the thread's points, then finish(totals [M], number), one thread for each point of the block.
-template <template <class, int> class Rows, class C, class Add, class Finish>
-__device__ __forceinline__ void sum_channels(const PointBlock<C>& block, Add add, Finish finish) {
+// Elements of the thread's points and of one channel, on their way together.
+template <class C, bool kOther>
+struct Elements {
+  using S = typename C::S;
+  using E = typename C::Element;
+  S x[PointBlock<C>::kPoints], other[PointBlock<C>::kPoints];
+
+  __device__ __forceinline__ Elements(const PointBlock<C>& block, const int64_t (&offset)[PointBlock<C>::kPoints],
+                                      int64_t channel, const void* tensor) {
+    CBN_UNROLL
+    for (int k = 0; k < PointBlock<C>::kPoints; ++k) {
+      const int64_t at = offset[k] + channel * block.stride;
+      if (k >= block.count) continue;
+      x[k] = static_cast<S>(static_cast<const E*>(block.a.x)[at]);
+      if (kOther) other[k] = static_cast<S>(static_cast<const E*>(tensor)[at]);
+    }
+  }
+};
+
+// Sums over the channels of each point: add(sums [M], rows, z, g, offset, channel, number) for each channel and each of
+// the thread's points, g the element of another tensor if there is one; then finish(totals [M], number), one thread for
+// each point of the block.
+template <template <class, int> class Rows, bool kOther, class C, class Add, class Finish>
+__device__ __forceinline__ void sum_channels(const PointBlock<C>& block, const void* other, Add add, Finish finish) {
   using S = typename C::S;
   using B = PointBlock<C>;
   constexpr int M = C::M;
   const Arguments& a = block.a;
   const auto* table = static_cast<const ChannelRows<S, Rows, M>*>(a.sums_table);
-  const auto* x = static_cast<const typename C::Element*>(a.x);
-  int64_t offset[B::kPoints];
+  int64_t offset[B::kPoints] = {};
   CBN_UNROLL
   for (int k = 0; k < B::kPoints; ++k) {
+    if (k >= block.count) break;
     const int number = block.number(k);
     offset[k] = block.offset(block.point(number));
     CBN_UNROLL
@@ -135,14 +164,16 @@ __device__ __forceinline__ void sum_channels(const PointBlock<C>& block, Add add
       if (channel >= a.channels) break;
       ChannelRows<S, Rows, M> of_channel = table[channel];
       const Rows<S, M> rows = of_channel.rows();
+      const Elements<C, kOther> elements(block, offset, channel, other);
       CBN_UNROLL
       for (int k = 0; k < B::kPoints; ++k) {
-        const int64_t at = offset[k] + channel * block.stride;
-        add(sums[k], rows, static_cast<S>(x[at]) - of_channel.origin(), at, channel, block.number(k));
+        if (k < block.count)
+          add(sums[k], rows, elements.x[k] - of_channel.origin(), elements.other[k], channel, block.number(k));
       }
     }
     CBN_UNROLL
     for (int k = 0; k < B::kPoints; ++k) {
+      if (k >= block.count) break;
       CBN_UNROLL
       for (int m = 0; m < M; ++m) {
         const S sum = B::kLast ? warp_sum(sums[k][m], 1) : sums[k][m];
@@ -151,7 +182,7 @@ __device__ __forceinline__ void sum_channels(const PointBlock<C>& block, Add add
     }
   }
   __syncthreads();
-  for (int number = threadIdx.x; number < B::kPointsOfBlock; number += B::kThreads) {
+  for (int number = threadIdx.x; number < block.points; number += B::kThreads) {
     double totals[M];
     CBN_UNROLL
     for (int m = 0; m < M; ++m) {
@@ -170,8 +201,9 @@ __device__ __forceinline__ void weigh(const PointBlock<C>& block) {
   using S = typename C::S;
   constexpr int M = C::M;
   const Arguments& a = block.a;
-  sum_channels<Distances>(
-      block, [](S(&sums)[M], const Distances<S, M>& rows, S z, int64_t, int64_t, int) { accumulate(sums, rows, z); },
+  sum_channels<Distances, false>(
+      block, nullptr,
+      [](S(&sums)[M], const Distances<S, M>& rows, S z, S, int64_t, int) { accumulate(sums, rows, z); },
       [&](double (&totals)[M], int number) {
         S p[M], sum = 0;
         double top = -1e300;
@@ -185,16 +217,120 @@ __device__ __forceinline__ void weigh(const PointBlock<C>& block) {
         const S factor = Math<S>::reciprocal(sum);
         CBN_UNROLL
         for (int m = 0; m < M; ++m) {
-          block.weights[number * M + m] = p[m] *= factor;
+          p[m] *= factor;
+          // A point that does not exist adds nothing to the moments.
+          block.weights[number * M + m] = block.exists(number) ? p[m] : S(0);
           if (m < a.components && block.exists(number))
             static_cast<S*>(a.posterior)[m * a.points() + block.first + number] = p[m];
         }
       });
 }
 
+// The moments of the block's points, weighed, for its split's part of the sums: lanes take neighbouring channels, warps
+// take turns at them, and where there are few, parts of the points. Contiguous elements change their places among the
+// lanes through shared memory.
+template <class C>
+struct PointMoments {
+  using S = typename C::S;
+  using B = PointBlock<C>;
+  static constexpr int M = C::M;
+  static constexpr int kPitch = kWarp + 1;                   // between channels in shared memory
+  static constexpr int kSquare = B::kLast ? 0 : kWarp * kPitch;  // of each warp
+  static constexpr int kSums = kMomentRows * M;
+  static constexpr unsigned kSquares = B::kWarps * kSquare * sizeof(S), kStaged = B::kWarps * kSums * kWarp * sizeof(S);
+  static constexpr unsigned kShared = B::kRoom + (kSquares < kStaged ? kStaged : kSquares);
+
+  const B& block;
+
+  // `first`: the split has no sums yet.
+  __device__ __forceinline__ void add(bool first) const {
+    const Arguments& a = block.a;
+    const int groups = static_cast<int>(divide_up(a.channels, kWarp));
+    int parts = 1;
+    while (2 * parts * groups <= B::kWarps && 2 * parts <= (B::kLast ? B::kWarps : block.count)) parts *= 2;
+    const int part = block.warp % parts, points = block.points / parts, step = B::kWarps / parts;
+    // Where there are parts, all groups are taken in one turn.
+    for (int first_group = 0; first_group < groups; first_group += step) {
+      const int group = first_group + block.warp / parts;
+      Moments<S, M> sums{};
+      if (group < groups) sums = sums_of(group, part * points, points);
+      if (parts > 1) __syncthreads();
+      if (group >= groups) continue;
+      CBN_UNROLL
+      for (int i = 0; i < kSums; ++i) {
+        const S sum = sums.row(i / M)[i % M];
+        if (parts > 1)
+          staged(part * groups + group, i)[block.lane] = sum;
+        else
+          add_to(first, i, channel_of(group), sum);
+      }
+    }
+    __syncthreads();
+    for (int item = threadIdx.x; parts > 1 && item < kSums * a.channels; item += B::kThreads) {
+      const int i = item / static_cast<int>(a.channels), channel = item % static_cast<int>(a.channels);
+      S sum = 0;
+      for (int of = 0; of < parts; ++of) sum += staged(of * groups + channel / kWarp, i)[channel % kWarp];
+      add_to(first, i, channel, sum);
+    }
+    __syncthreads();
+  }
+
+ private:
+  __device__ __forceinline__ int64_t channel_of(int group) const { return group * kWarp + block.lane; }
+  __device__ __forceinline__ S* staged(int of, int i) const {
+    return reinterpret_cast<S*>(block.room) + (of * kSums + i) * kWarp;
+  }
+  __device__ __forceinline__ void add_to(bool first, int i, int64_t channel, S value) const {
+    const Arguments& a = block.a;
+    const int row = i / M, m = i % M;
+    if (m >= a.components || channel >= a.channels) return;
+    S& sum = static_cast<S*>(a.partials)[((blockIdx.x * kMomentRows + row) * a.components + m) * a.channels + channel];
+    sum = first ? value : sum + value;
+  }
+
+  // Of the lane's channel of a group and so many points.
+  __device__ __forceinline__ Moments<S, M> sums_of(int group, int begin, int points) const {
+    const Arguments& a = block.a;
+    const auto* x = static_cast<const typename C::Element*>(a.x);
+    const int64_t channel = channel_of(group), read = channel < a.channels ? channel : a.channels - 1;
+    const S origin = static_cast<const S*>(a.origins)[read];
+    Moments<S, M> sums{};
+    const auto accumulate_point = [&](int number, S value) {
+      S p[M];
+      block.load(block.weights, number, p);
+      accumulate(sums, p, S(1), value - origin);
+    };
+    if constexpr (B::kLast) {
+#pragma unroll 4
+      for (int number = begin; number < begin + points; ++number)
+        accumulate_point(number, static_cast<S>(x[block.offset(block.point(number)) + read]));
+    } else {
+      S* const square = reinterpret_cast<S*>(block.room) + block.warp * kSquare;
+      const int64_t left = a.channels - group * kWarp;
+      const int channels = left < kWarp ? static_cast<int>(left) : kWarp;
+      for (int chunk = begin; chunk < begin + points; chunk += kWarp) {
+        const auto* column = x + block.offset(block.point(chunk + block.lane)) + group * kWarp * block.stride;
+#pragma unroll 8
+        for (int i = 0; i < channels; ++i) square[i * kPitch + block.lane] = static_cast<S>(column[i * block.stride]);
+        __syncwarp();
+#pragma unroll 4
+        for (int j = 0; j < kWarp; ++j) accumulate_point(chunk + j, square[block.lane * kPitch + j]);
+        __syncwarp();
+      }
+    }
+    return sums;
+  }
+};
+
+// The posterior, and where partial sums are wanted, those of the moments: a block takes every gridDim-th tile.
 template <class C>
 __global__ void __launch_bounds__(PointBlock<C>::kThreads, 1) weigh_kernel(const __grid_constant__ Arguments a) {
-  weigh(PointBlock<C>(a));
+  for (int64_t tile = blockIdx.x;; tile += gridDim.x) {
+    const PointBlock<C> block(a, tile);
+    if (block.first >= a.points()) return;
+    weigh(block);
+    if (a.partials) PointMoments<C>{block}.add(tile == blockIdx.x);
+  }
 }
 
 // The weights that were kept, into shared memory.
@@ -202,23 +338,19 @@ template <class C>
 __device__ __forceinline__ void load_weights(const PointBlock<C>& block) {
   using S = typename C::S;
   const Arguments& a = block.a;
-  for (int i = threadIdx.x; i < PointBlock<C>::kNumbers; i += PointBlock<C>::kThreads) {
-    const int m = i / PointBlock<C>::kPointsOfBlock, number = i % PointBlock<C>::kPointsOfBlock;
+  for (int i = threadIdx.x; i < C::M * block.points; i += PointBlock<C>::kThreads) {
+    const int m = i / block.points, number = i % block.points;
     block.weights[number * C::M + m] =
         m < a.components ? static_cast<const S*>(a.posterior)[m * a.points() + block.point(number)] : S(0);
   }
   __syncthreads();
 }
 
-// The output's gradient; 0 where the ReLU did not pass the element.
-template <bool kPlain, class C>
-__device__ __forceinline__ typename C::S passed_gradient(const PointBlock<C>& block,
-                                                         const InputGradient<typename C::S, C::M>& rows,
-                                                         const typename C::S (&p)[C::M], typename C::S z, int64_t at,
-                                                         int64_t channel, int number) {
-  using S = typename C::S;
+// The output's gradient g, 0 where the ReLU did not pass the element.
+template <bool kPlain, class C, class S = typename C::S>
+__device__ __forceinline__ S passed_gradient(const PointBlock<C>& block, const InputGradient<S, C::M>& rows,
+                                             const S (&p)[C::M], S z, S g, int64_t channel, int number) {
   const Arguments& a = block.a;
-  const S g = static_cast<S>(static_cast<const typename C::Element*>(a.grad)[at]);
   if (kPlain || !a.relu) return g;
   if (!a.mask) return passes_relu(combine(rows, p, z)) ? g : S(0);
   const int64_t bit = block.mask_bit(block.point(number), channel);
@@ -230,12 +362,12 @@ template <bool kPlain, class C>
 __device__ __forceinline__ void differentiate_weights(const PointBlock<C>& block) {
   using S = typename C::S;
   constexpr int M = C::M;
-  sum_channels<PointGradient>(
-      block,
-      [&](S(&sums)[M], const PointGradient<S, M>& rows, S z, int64_t at, int64_t channel, int number) {
+  sum_channels<PointGradient, true>(
+      block, block.a.grad,
+      [&](S(&sums)[M], const PointGradient<S, M>& rows, S z, S grad, int64_t channel, int number) {
         S p[M], f[M];
         block.load(block.weights, number, p);
-        const S g = passed_gradient<kPlain>(block, rows.input, p, z, at, channel, number);
+        const S g = passed_gradient<kPlain>(block, rows.input, p, z, grad, channel, number);
         direct_gradient(rows.input, p, z, g, f);
         CBN_UNROLL
         for (int m = 0; m < M; ++m) sums[m] += f[m];
@@ -252,18 +384,19 @@ __device__ __forceinline__ void differentiate_weights(const PointBlock<C>& block
       });
 }
 
-// Calls visit(rows, z, offset, channel, number) for the elements of the block, the last channels first: they were read
-// last. All lanes of a warp take part in each call, also where they have no element.
-template <template <class, int> class Rows, class C, class Visit>
-__device__ __forceinline__ void for_each_element(const PointBlock<C>& block, Visit visit) {
+// Calls visit(rows, z, g, offset, channel, number) for the elements of the block, g the element of another tensor if
+// there is one; the last channels first, which were read last. All lanes of a warp take part in each call, also where
+// they have no element.
+template <template <class, int> class Rows, bool kOther, class C, class Visit>
+__device__ __forceinline__ void for_each_element(const PointBlock<C>& block, const void* other, Visit visit) {
   using S = typename C::S;
   using B = PointBlock<C>;
   const Arguments& a = block.a;
   const auto* table = static_cast<const ChannelRows<S, Rows, C::M>*>(a.map_table);
-  const auto* x = static_cast<const typename C::Element*>(a.x);
-  int64_t offset[B::kPoints];
+  int64_t offset[B::kPoints] = {};
   CBN_UNROLL
-  for (int k = 0; k < B::kPoints; ++k) offset[k] = block.offset(block.point(block.number(k)));
+  for (int k = 0; k < B::kPoints; ++k)
+    if (k < block.count) offset[k] = block.offset(block.point(block.number(k)));
   const int64_t turns = divide_up(a.channels, B::kChannelsOfTurn);
   for (int64_t turn = turns; turn-- > 0;) {
     const int64_t channel = block.channel(turn * B::kChannelsOfTurn);
@@ -271,10 +404,12 @@ __device__ __forceinline__ void for_each_element(const PointBlock<C>& block, Vis
     const int64_t read = channel < a.channels ? channel : a.channels - 1;
     ChannelRows<S, Rows, C::M> of_channel = table[read];
     const Rows<S, C::M> rows = of_channel.rows();
+    const Elements<C, kOther> elements(block, offset, read, other);
     CBN_UNROLL
     for (int k = 0; k < B::kPoints; ++k) {
-      const int64_t at = offset[k] + read * block.stride;
-      visit(rows, static_cast<S>(x[at]) - of_channel.origin(), at, channel, block.number(k));
+      if (k < block.count)
+        visit(rows, elements.x[k] - of_channel.origin(), elements.other[k], offset[k] + read * block.stride, channel,
+              block.number(k));
     }
   }
 }
@@ -285,7 +420,7 @@ __device__ __forceinline__ void normalise(const PointBlock<C>& block) {
   using E = typename C::Element;
   constexpr int M = C::M;
   const Arguments& a = block.a;
-  for_each_element<Branches>(block, [&](const Branches<S, M>& branches, S z, int64_t at, int64_t channel, int number) {
+  const auto map = [&](const Branches<S, M>& branches, S z, S, int64_t at, int64_t channel, int number) {
     S p[M];
     block.load(block.weights, number, p);
     S y = combine(branches, p, z);
@@ -301,7 +436,8 @@ __device__ __forceinline__ void normalise(const PointBlock<C>& block) {
       }
     }
     if (exists) store_global(static_cast<E*>(a.out) + at, static_cast<E>(y));
-  });
+  };
+  for_each_element<Branches, false>(block, nullptr, map);
 }
 
 // `constant`: the weights are taken for constants.
@@ -311,12 +447,13 @@ __device__ __forceinline__ void differentiate(const PointBlock<C>& block, bool c
   using E = typename C::Element;
   constexpr int M = C::M;
   const Arguments& a = block.a;
-  for_each_element<PointGradient>(
-      block, [&](const PointGradient<S, M>& rows, S z, int64_t at, int64_t channel, int number) {
+  for_each_element<PointGradient, true>(
+      block, a.grad,
+      [&](const PointGradient<S, M>& rows, S z, S grad, int64_t at, int64_t channel, int number) {
         S p[M], f[M];
         block.load(block.weights, number, p);
         const bool exists = block.exists(number) && channel < a.channels;
-        const S g = passed_gradient<kPlain>(block, rows.input, p, z, at, exists ? channel : 0, number);
+        const S g = passed_gradient<kPlain>(block, rows.input, p, z, grad, exists ? channel : 0, number);
         S grad_x = direct_gradient(rows.input, p, z, g, f);
         if (!constant) {
           S q[M];
@@ -332,7 +469,7 @@ __device__ __forceinline__ void differentiate(const PointBlock<C>& block, bool c
 // The output, in evaluation with weights of its own; or the input's gradient.
 template <class C, Pass pass>
 __global__ void __launch_bounds__(PointBlock<C>::kThreads, 1) map_points_kernel(const __grid_constant__ Arguments a) {
-  const PointBlock<C> block(a);
+  const PointBlock<C> block(a, blockIdx.x);
   const bool plain = !C::kGeneralOnly && !a.relu && !a.residual;
   if (pass == Pass::kNormalise && a.weighs)
     weigh(block);
@@ -399,6 +536,7 @@ __global__ void __launch_bounds__(kTableThreads, 1) lay_out_kernel(const __grid_
       const S origin =
           static_cast<S>(pass == Pass::kMoments ? origin_of_points<C>(a, channel) : used_origin<S>(a, channel));
       if (m == 0) table[channel].origin() = origin;
+      if (m == 0 && pass == Pass::kMoments && a.partials) static_cast<S*>(a.origins)[channel] = origin;
       auto rows = make(Component<S>{a, (exists ? m : 0) * a.channels + channel}, static_cast<double>(origin));
       for (int i = 0; i < rows.kRows; ++i) table[channel].at(i * M + m) = exists ? static_cast<S>(*rows.row(i)) : S(0);
     }

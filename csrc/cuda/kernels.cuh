@@ -369,7 +369,8 @@ Kernels kernels_for_joint() {
           {sum_components_kernel<C>, lay_out_kernel<C, Pass::kMoments>, weigh_kernel<C>,
            lay_out_kernel<C, Pass::kNormalise>, lay_out_kernel<C, Pass::kInputGradient>,
            sizeof(ChannelRows<S, Distances, C::M>), sizeof(ChannelRows<S, Branches, C::M>),
-           sizeof(ChannelRows<S, PointGradient, C::M>), B::kPointsOfBlock, B::kThreads, B::kShared}};
+           sizeof(ChannelRows<S, PointGradient, C::M>),
+           {B::kThreads, B::kPoints, B::kSide, std::max(B::kShared, PointMoments<C>::kShared)}, B::kShared}};
 }
 
 template <class E, bool kLast>

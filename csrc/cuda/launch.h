@@ -46,6 +46,7 @@ struct Device {
   int multiprocessors;
   int shared_memory;  // bytes that a block may have
   int cluster;        // blocks of the largest cluster; 1: no clusters
+  int cache;          // bytes that all multiprocessors share
 };
 
 // What a measurement may change (tuning.h).
@@ -247,6 +248,37 @@ inline Plan plan_reduction(const Extent& p, const Device& device, const Tuning& 
     split_all(plan, p, whole_rounds(std::min(std::max(wanted, precise), most), plan, device));
     if (!p.channels_last || segment == kSector || plan.blocks() >= device.multiprocessors) return plan;
   }
+}
+
+// What joint mode's passes over all channels of a point are compiled for.
+struct PointLimits {
+  int threads;           // of a block, of which a multiprocessor has one
+  int points_of_thread;  // at most
+  int side;              // points of a block for each of these
+  unsigned shared;       // bytes, with moments
+};
+
+// Points of a thread: fewer where multiprocessors would be idle, or where what the blocks work on would leave the cache
+// before it is read again.
+inline int points_of_thread(const Extent& p, const PointLimits& limits, const Device& device) {
+  int points = limits.points_of_thread;
+  const auto suits = [&] {
+    const int64_t of_block = static_cast<int64_t>(points) * limits.side;
+    const int64_t bytes = of_block * p.channels * p.element_size * p.tensors * device.multiprocessors;
+    return divide_up(p.points, of_block) >= device.multiprocessors && bytes <= device.cache / 2;
+  };
+  while (points > 1 && !suits()) points /= 2;
+  return points;
+}
+
+// Blocks that weigh points and leave sums of their moments; 0 where these would be too many for most multiprocessors to
+// have one, or do not fit: then the moments are a pass of their own.
+inline int64_t splits_of_moments(const Extent& p, const PointLimits& limits, const Device& device) {
+  const int64_t tiles = divide_up(p.points, static_cast<int64_t>(points_of_thread(p, limits, device)) * limits.side);
+  const int64_t most = std::max(p.points * p.channels * p.element_size / kInputOfSums, kFewestBytesOfSums) /
+                       bytes_of_sums(p, 1);
+  const int64_t wanted = std::min<int64_t>(tiles, device.multiprocessors), splits = std::min(wanted, most);
+  return 2 * splits >= wanted && limits.shared <= static_cast<unsigned>(device.shared_memory) ? splits : 0;
 }
 
 // The pass of the streaming path that maps.

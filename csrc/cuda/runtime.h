@@ -70,6 +70,7 @@ inline Device device_properties() {
     int clusters = 0;
     check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index));
     check(cudaDeviceGetAttribute(&device.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+    check(cudaDeviceGetAttribute(&device.cache, cudaDevAttrL2CacheSize, index));
     check(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, index));
     // Code compiled for an older device knows no clusters, also when it runs on a newer one.
     cudaFuncAttributes attributes;

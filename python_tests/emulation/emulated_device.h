@@ -117,6 +117,10 @@ inline void __syncthreads(const char* file = __builtin_FILE(), int line = __buil
   cbn::emulation::wait_for_block({"__syncthreads", file, line});
 }
 
+inline void __syncwarp(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  cbn::emulation::exchange_in_warp(0xffffffffu, 0, {"__syncwarp", file, line});
+}
+
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   static_assert(std::is_same_v<T, int> || std::is_same_v<T, float> || std::is_same_v<T, double>);

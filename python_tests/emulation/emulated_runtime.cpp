@@ -23,13 +23,14 @@ namespace {
 constexpr int kMostThreads = 1024;
 constexpr std::int64_t kMostBlocks = (std::int64_t{1} << 31) - 1;
 constexpr int kUsualShared = 48 * 1024;
+constexpr int kCache = 50 << 20;
 
 // What CBN_EMULATED_DEVICE=multiprocessors,shared_memory,cluster says: bytes of a block, and the blocks of the largest
 // cluster that can run; 1: the architecture has no clusters.
 Device emulated_device() {
   const char* text = std::getenv("CBN_EMULATED_DEVICE");
-  if (text == nullptr) return {4, 64 * 1024, kLargestCluster};
-  Device device;
+  if (text == nullptr) return {4, 64 * 1024, kLargestCluster, kCache};
+  Device device{0, 0, 0, kCache};
   char rest;
   if (std::sscanf(text, "%d,%d,%d%c", &device.multiprocessors, &device.shared_memory, &device.cluster, &rest) != 3 ||
       device.multiprocessors < 1 || device.shared_memory < 0 || device.cluster < 1)
@@ -123,6 +124,7 @@ cudaError_t cudaGetDevice(int* index) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const cbn::Device device = emulated_device();
   *value = attribute == cudaDevAttrMultiProcessorCount            ? device.multiprocessors
+           : attribute == cudaDevAttrL2CacheSize                  ? device.cache
            : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? device.shared_memory
                                                                   : device.cluster > 1;
   return cudaSuccess;

@@ -46,15 +46,20 @@ _PASSES = {
     "2": (2, ["backward reduction"], []),
     "3": (2, ["backward reduction"], ["input gradient, p detached", "input gradient"]),
 }
-#: The same of joint mode's kernels, by name and pass: the tensors like x, and the rows, of which none is on chip.
+#: The rows of joint mode's kernels, by name and pass: the tensors like x that a loop reads an element of, whether it
+#: stores one, whether it reads from memory, and the rows of such loops, the shortest first.
 _JOINT_PASSES = {
-    ("weigh", None): (1, ["joint weights"]),
-    ("reduce", "0"): (1, ["joint statistics"]),
-    ("map", "1"): (1, ["joint normalise"]),
-    ("reduce", "2"): (2, ["joint backward reduction"]),
-    ("differentiate_weights", None): (2, ["joint gradient of the weights"]),
-    ("map", "3"): (2, ["joint input gradient, p detached", "joint input gradient"]),
+    ("weigh", None): [(1, False, True, ["joint weights"])],
+    ("reduce", "0"): [(1, False, True, ["joint statistics"])],
+    ("map_points", "1"): [(1, True, True, ["joint normalise"])],
+    ("reduce", "2"): [(2, False, True, ["joint backward reduction"])],
+    ("map_points", "3"): [
+        (2, False, True, ["joint gradient of the weights"]),
+        (2, True, False, ["joint input gradient, p detached", "joint input gradient"]),
+    ],
 }
+#: Where the moments of the points are summed after their weights.
+_JOINT_MOMENTS = "joint moments", "joint moments, exchange"
 #: Of a kernel's loops: whether they fetch from memory, and whether they store.
 _LOOPS = {"reduce": [(True, False)], "map": [(True, True)], "resident": [(True, False), (False, True)]}
 
@@ -115,7 +120,8 @@ def rows_of(library: Path, arch: str) -> list[SassRow]:
         raise RuntimeError(f"expected kernels of {_COMPONENTS} components for {arch} in {library}, found none")
     functions = parse(cuobjdump(library, "-sass", "-arch", arch, "-fun", ",".join(wanted)))
     rows = [row for name in wanted for row in rows_of_kernel(arch, name, functions[name], *usage[name])]
-    order = [*PLANNED, *(name for _, names in _JOINT_PASSES.values() for name in names)]
+    joint = [name for loops in _JOINT_PASSES.values() for *_, names in loops for name in names]
+    order = [*PLANNED, *joint, *_JOINT_MOMENTS]
     rows.sort(key=lambda row: (row.layout != "contiguous", row.dtype, row.path != "streaming", order.index(row.name)))
     return rows
 
@@ -148,25 +154,65 @@ def plain_loops(code: Sequence[Instruction], loaded: int, stored: int) -> list[S
     return sorted(filter(is_plain, innermost_loops(code, "MUFU", "EX2")), key=len)
 
 
-def joint_loops(code: Sequence[Instruction], size: int, tensors: int, stored: int, points: int) -> list[Loop]:
-    """The plain loops of joint mode, which have no exponentials, with the elements of a turn, the shortest first.
+def chunk_loops(code: Sequence[Instruction], size: int, tensors: int) -> list[Loop]:
+    """The plain loops over chunks of elements without exponentials, with the elements of a turn.
 
-    Those over chunks copy them to shared memory. Those over the channels of some points load one element at a time, and
-    beside a channel's coefficients its origin.
+    size: bytes of an element. tensors: how many are loaded.
+    """
+    found = [(loop, accessed(loop, "LDGSTS") // (size * tensors)) for loop in innermost_loops(code, "LDGSTS", "E")]
+    return [(loop, elements) for loop, elements in found if elements and _has_terms(loop, elements)]
 
-    size: bytes of an element. tensors: how many are loaded. stored: bytes of an element, or 0. points: of a thread.
+
+def channel_loops(code: Sequence[Instruction], points: int, tensors: int, stores: bool) -> list[Loop]:
+    """The plain loops over the channels of some points, with the elements of a turn, the shortest first.
+
+    They load one element at a time, and beside a channel's coefficients its origin.
+
+    points: of a thread. tensors: how many are loaded. stores: whether an element is stored for each.
     """
     found = []
-    for loop in innermost_loops(code, "LDGSTS", "E"):
-        elements = accessed(loop, "LDGSTS") // (size * tensors)
-        if elements and accessed(loop, "STG") == elements * stored:
-            found.append((loop, elements))
     for loop in innermost_loops(code, "LDG", "128"):
         narrow = count(loop, "LDG") - count(loop, "LDG", modifier="128")
-        if not count(loop, "LDGSTS") and narrow == points * tensors + 1:
+        if narrow == points * tensors + 1 and count(loop, "STG") == points * stores and _has_terms(loop, points):
             found.append((loop, points))
-    plain = [pair for pair in found if count(pair[0], *_ARITHMETIC) >= 8 * pair[1] and not has_alternatives(pair[0])]
-    return sorted(plain, key=lambda pair: len(pair[0]))
+    return sorted(found, key=lambda pair: len(pair[0]))
+
+
+def moment_loops(code: Sequence[Instruction]) -> list[Loop]:
+    """The loop over points that sums moments; contiguous also the one that exchanges elements among the lanes."""
+    found = []
+    for loop in innermost_loops(code, "LDS", "128"):
+        points = count(loop, "LDS", modifier="128")
+        if count(loop, "LDG") in (0, points) and not count(loop, "STG") and _has_terms(loop, points):
+            found.append((loop, points))
+    for loop in innermost_loops(code, "LDG", "E"):
+        if (elements := count(loop, "LDG")) == count(loop, "STS") > 1 and not count(loop, "STG"):
+            found.append((loop, elements))
+    return found
+
+
+def _has_terms(loop: Sequence[Instruction], elements: int) -> bool:
+    """Whether a loop computes, rather than copies, and without alternatives."""
+    return count(loop, *_ARITHMETIC) >= 8 * elements and not has_alternatives(loop)
+
+
+def joint_rows(arch: str, name: str, code: Sequence[Instruction]) -> Iterator[tuple[str, bool, int, Loop]]:
+    """Label, whether the loop reads from memory, bytes of an element and the loop, for each row of a joint kernel."""
+    kind, element, _, last, _, number = _KERNEL.match(name).groups()
+    size = _DTYPES[element][1]
+    points = (32 if last == "1" else 16) // _COMPONENTS
+    for tensors, stores, reads, wanted in _JOINT_PASSES[kind, number]:
+        loops = chunk_loops(code, size, tensors) if kind == "reduce" else channel_loops(code, points, tensors, stores)
+        require(arch, name, wanted, size * tensors, size * stores, len(loops))
+        for label, loop in zip(wanted, loops, strict=True):
+            # Detached weights have no gradient: no loop before this one has read what it works on.
+            fetched = reads or "detached" in label
+            yield label, fetched, size * (tensors * fetched + stores), loop
+    if kind == "weigh":
+        wanted = _JOINT_MOMENTS[: 1 if last == "1" else 2]
+        loops = moment_loops(code)
+        require(arch, name, wanted, 0, 0, len(loops))
+        yield from ((label, False, 0, loop) for label, loop in zip(wanted, loops, strict=True))
 
 
 def elements_of(loop: Sequence[Instruction]) -> int:
@@ -178,13 +224,9 @@ def rows_of_kernel(arch: str, name: str, code: list[Instruction], register_count
     """A row for each plain loop: a turn executes all its instructions."""
     kind, element, _, last, posterior, number = _KERNEL.match(name).groups()
     dtype, size = _DTYPES[element]
-    found: list[tuple[str, int, Sequence[Instruction], int]] = []  # label, bytes of an element, loop, its elements
+    found: list[tuple[str, bool, int, Loop]] = []  # label, whether it reads from memory, bytes of an element, loop
     if posterior == "Joint":
-        tensors, wanted = _JOINT_PASSES[kind, number]
-        stored = size * (kind == "map")
-        loops = joint_loops(code, size, tensors, stored, (32 if last == "1" else 16) // _COMPONENTS)
-        require(arch, name, wanted, size * tensors, stored, len(loops))
-        found += [(label, size * tensors + stored, *loop) for label, loop in zip(wanted, loops, strict=True)]
+        found += joint_rows(arch, name, code)
     else:
         tensors, *labels = _PASSES[number]
         for fetches, stores in _LOOPS[kind]:
@@ -192,13 +234,13 @@ def rows_of_kernel(arch: str, name: str, code: list[Instruction], register_count
             loops = plain_loops(code, loaded, stored)
             require(arch, name, wanted, loaded, stored, len(loops))
             for label, loop in zip(wanted, loops, strict=True):
-                found.append((label, loaded + stored, loop, elements_of(loop)))
-    for label, moved, loop, elements in found:
+                found.append((label, kind != "resident", loaded + stored, (loop, elements_of(loop))))
+    for label, streams, moved, (loop, elements) in found:
         yield SassRow(
             arch=arch,
             dtype=dtype,
             layout="channels_last" if last == "1" else "contiguous",
-            path="on chip" if kind == "resident" else "streaming",
+            path="streaming" if streams else "on chip",
             name=label,
             instructions=len(loop) / elements,
             mufu=count(loop, "MUFU") / elements,
@@ -257,9 +299,12 @@ _HOW = f"""## How this was counted
   loop's own instructions are among them. What a block does before and after the loop is not.
 - *planned*: instructions of trial kernels that held the formulas alone, and the special-function operations they need.
 - *joint*: the passes of one mixture over the channels of a point, which needs no exponentials an element. *weights* and
-  *gradient of the weights* are sums over the channels of each point; the others read what they leave. That is not among
+  *gradient of the weights* are sums over the channels of each point, of which a loop over the same points then finds x
+  in the cache: *moments* (contiguous elements change their places among the lanes first: *exchange*) and *input
+  gradient*. *statistics* is the pass in place of *moments* where a point has too many channels. Weights are not among
   the bytes: M numbers a point, whatever the number of channels.
 - *memory*, *shared*: instructions that access global and shared memory. *bytes*: moved to and from global memory.
 - ps: at an H200's 1.98 GHz and 4.3 TB/s, where an instruction takes {ISSUE_PS:.3f} ps, a special-function operation
   {MUFU_PS:.2f} ps and a byte {BYTE_PS:.3f} ps. The largest of the three bounds a pass from below.
-- *on chip*: both passes in one kernel, whose registers both rows name; the second reads what the first one kept."""
+- *on chip*: both passes in one kernel, whose registers both rows name; the second reads what the first one kept in
+  shared memory, in joint mode in the cache."""

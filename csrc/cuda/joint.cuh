@@ -301,9 +301,11 @@ struct PointMoments {
       accumulate(sums, p, S(1), value - origin);
     };
     if constexpr (B::kLast) {
+      const int64_t left = a.points() - block.first - begin;
+      const int existing = left < points ? static_cast<int>(left) : points;
+      const auto* value = x + (block.first + begin) * a.channels + read;
 #pragma unroll 4
-      for (int number = begin; number < begin + points; ++number)
-        accumulate_point(number, static_cast<S>(x[block.offset(block.point(number)) + read]));
+      for (int i = 0; i < existing; ++i, value += a.channels) accumulate_point(begin + i, static_cast<S>(*value));
     } else {
       S* const square = reinterpret_cast<S*>(block.room) + block.warp * kSquare;
       const int64_t left = a.channels - group * kWarp;

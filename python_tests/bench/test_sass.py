@@ -192,32 +192,62 @@ def loop_without_exponentials(label: str, accesses: str, more: str = "") -> str:
     return f"{label}: NOP\n{accesses}{TERMS}{more} VIADD R0, R0, 0x1\n@!P2 BRA {label}\n"
 
 
-def test_rows_of_joint_mode_over_chunks():
-    weights = " LDG.E.128 R8, desc[UR36][R4.64]\n"
+LOAD = " LDG.E R8, desc[UR36][R4.64]\n"
+ROWS_OF_CHANNEL = 4 * " LDG.E.128 R8, desc[UR36][R4.64]\n"
+
+
+def test_a_reduction_of_joint_mode():
     pieces = "piece: NOP\n LDGSTS.E.BYPASS [R14+0x1f0], desc[UR36][R4.64]\n@!P2 BRA piece\n"
     code = (
         pieces  # copies the elements of a chunk that is not whole
-        + loop_without_exponentials("full", 2 * FETCH + STORE + 8 * weights, COVARIANCE)
-        + loop_without_exponentials("detached", 2 * FETCH + STORE + 4 * weights)
+        + loop_without_exponentials("plain", 2 * FETCH + ROWS_OF_CHANNEL)
         + END
     )
-    found = rows(code, joint_kernel("map", 3))
-    assert {n: (r.instructions, r.memory, r.bytes, r.elements) for n, r in found.items()} == {
-        "joint input gradient, p detached": ((3 + 32 + 7) / 4, 7 / 4, 12, 4),
-        "joint input gradient": ((3 + 32 + 11 + 8) / 4, 11 / 4, 12, 4),
-    }
+    (row,) = rows(code, joint_kernel("reduce", 2)).values()
+    assert (row.name, row.path, row.bytes, row.elements) == ("joint backward reduction", "streaming", 8, 4)
+    assert (row.instructions, row.memory) == ((3 + 32 + 6) / 4, 6 / 4)
 
 
 @pytest.mark.parametrize(("last", "points"), [(0, 4), (1, 8)])
-def test_rows_of_joint_mode_over_channels(last, points):
+def test_the_backward_map_of_joint_mode(last, points):
     """Points of a thread, as many narrow loads of x and of the gradient, and one of the channel's origin."""
-    load = " LDG.E R8, desc[UR36][R4.64]\n"
-    rows_of_channel = 4 * " LDG.E.128 R8, desc[UR36][R4.64]\n"
-    relu = loop_without_exponentials("relu", (3 * points + 1) * load + rows_of_channel, TERMS)
-    plain = loop_without_exponentials("plain", (2 * points + 1) * load + rows_of_channel, TERMS)
-    (row,) = rows(relu + plain + END, joint_kernel("differentiate_weights", last=last)).values()
-    assert (row.name, row.elements, row.bytes) == ("joint gradient of the weights", points, 8)
-    assert row.instructions == (3 + 64 + 2 * points + 5) / points
+    loads = (2 * points + 1) * LOAD + ROWS_OF_CHANNEL
+    stores = points * "@!P0 STG.E desc[UR36][R4.64], R64\n"
+    code = (
+        loop_without_exponentials("relu", points * LOAD + loads, TERMS)
+        + loop_without_exponentials("full", loads + stores, 2 * TERMS)
+        + loop_without_exponentials("weights", loads, TERMS)
+        + loop_without_exponentials("fused", points * LOAD + loads + stores, TERMS)
+        + loop_without_exponentials("detached", loads + stores, TERMS)
+        + END
+    )
+    found = rows(code, joint_kernel("map_points", 3, last=last))
+    assert {name: (row.path, row.bytes, row.elements) for name, row in found.items()} == {
+        "joint gradient of the weights": ("streaming", 8, points),
+        "joint input gradient, p detached": ("streaming", 12, points),
+        "joint input gradient": ("on chip", 4, points),
+    }
+    assert found["joint gradient of the weights"].instructions == (3 + 64 + 2 * points + 5) / points
+    assert found["joint input gradient"].instructions == (3 + 96 + 3 * points + 5) / points
+
+
+@pytest.mark.parametrize(("last", "points"), [(0, 4), (1, 8)])
+def test_weights_and_moments_of_joint_mode(last, points):
+    broadcast = 4 * " LDS.128 R8, [R4]\n"
+    exchange = f"exchange: NOP\n{8 * (LOAD + ' STS [R4], R8' + chr(10))}@!P2 BRA exchange\n"
+    code = (
+        loop_without_exponentials("weights", (points + 1) * LOAD + ROWS_OF_CHANNEL, TERMS)
+        + ("" if last else exchange)
+        + loop_without_exponentials("moments", broadcast + 4 * (LOAD if last else " LDS R8, [R4]\n"))
+        + END
+    )
+    found = rows(code, joint_kernel("weigh", last=last))
+    assert found["joint weights"].instructions == (3 + 64 + points + 5) / points
+    moments = found["joint moments"]
+    assert (moments.path, moments.bytes, moments.elements) == ("on chip", 0, 4)
+    assert moments.instructions == (3 + 32 + 8) / 4
+    assert ("joint moments, exchange" in found) == (not last)
+    assert last or found["joint moments, exchange"].instructions == 18 / 8
 
 
 @pytest.mark.parametrize(

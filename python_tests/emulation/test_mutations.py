@@ -48,11 +48,11 @@ CASES = tuple(
         (False, "mixed", False),
     )
 )
-# More channels than a block's warps add up between two flushes, and points that fill no block.
+# More channels than a block's warps add up between two flushes, and few of them; points that fill no block.
 JOINT_CASES = tuple(
-    Case((3, 300, 3, 13), mode="joint", layout=layout, activation="relu", residual=residual)
+    Case(shape, mode="joint", layout=layout, activation="relu", residual=residual)
     for layout in ("contiguous", "channels_last")
-    for residual in (True, False)
+    for shape, residual in (((3, 300, 3, 13), True), ((3, 300, 3, 13), False), ((3, 5, 11, 13), False))
 )
 
 
@@ -84,8 +84,8 @@ MUTATIONS = [
     Mutation(
         "no barrier before coefficients are used",
         "posterior.cuh",
-        "    __syncthreads();\n\n    if (!*shared.flag) return true;",
-        "    if (!*shared.flag) return true;",
+        "    __syncthreads();\n\n    if (M == 1 || (!C::kGeneralOnly && !*shared.flag)) return true;",
+        "    if (M == 1 || (!C::kGeneralOnly && !*shared.flag)) return true;",
         "streaming",
         WRONG + "|" + OUT_OF_BOUNDS,  # coefficients are not there, nor the number of the widest component
     ),
@@ -124,7 +124,7 @@ MUTATIONS = [
     Mutation(
         "a barrier that some threads skip",
         "posterior.cuh",
-        "    if (!*shared.flag) return true;",
+        "    if (M == 1 || (!C::kGeneralOnly && !*shared.flag)) return true;",
         "    if (threadIdx.x % 2 == 0 && !*shared.flag) return true;\n    __syncthreads();",
         "no clusters",
         "waits at __syncthreads",
@@ -230,10 +230,73 @@ MUTATIONS = [
         JOINT_CASES,
     ),
     Mutation(
-        "points beyond the last one",
+        "weights of points beyond the last one",
         "joint.cuh",
-        "    if (block.first + number >= a.points()) continue;\n",
-        "",
+        "if (m < a.components && block.exists(number))",
+        "if (m < a.components)",
+        "streaming",
+        WRONG + "|" + OUT_OF_BOUNDS,
+        JOINT_CASES,
+    ),
+    Mutation(
+        "moments of points beyond the last one",
+        "joint.cuh",
+        "block.exists(number) ? p[m] : S(0);",
+        "p[m];",
+        "no clusters",
+        WRONG,
+        JOINT_CASES,
+    ),
+    Mutation(
+        "one tile's moments for all",
+        "joint.cuh",
+        "sum = first ? value : sum + value;",
+        "sum = value;",
+        "no clusters",
+        WRONG,
+        JOINT_CASES,
+    ),
+    Mutation(
+        "no merge of the parts of a tile's points",
+        "joint.cuh",
+        "sum += staged(of * groups",
+        "sum = staged(of * groups",
+        "no clusters",
+        WRONG,
+        JOINT_CASES,
+    ),
+    Mutation(
+        "elements that have not changed their places yet",
+        "joint.cuh",
+        "= static_cast<S>(column[i * block.stride]);\n        __syncwarp();",
+        "= static_cast<S>(column[i * block.stride]);",
+        "no clusters",
+        WRONG,
+        JOINT_CASES,
+    ),
+    Mutation(
+        "no barrier before the next tile",
+        "joint.cuh",
+        "    __syncthreads();\n  }\n\n private:",
+        "  }\n\n private:",
+        "no clusters",
+        WRONG,
+        JOINT_CASES,
+    ),
+    Mutation(
+        "no barrier before the gradients of the weights are used",
+        "joint.cuh",
+        "    finish(totals, number);\n  }\n  __syncthreads();",
+        "    finish(totals, number);\n  }",
+        "no clusters",
+        WRONG,
+        JOINT_CASES,
+    ),
+    Mutation(
+        "the mask of the channels before",
+        "joint.cuh",
+        "block.mask_bit(point, channel - channels_before)",
+        "block.mask_bit(point, channel)",
         "streaming",
         WRONG + "|" + OUT_OF_BOUNDS,
         JOINT_CASES,
@@ -241,8 +304,8 @@ MUTATIONS = [
     Mutation(
         "weights of the component before",
         "posterior.cuh",
-        "static_cast<const S*>(from) + (m < a.components ? m : 0) * a.points() + point;",
-        "static_cast<const S*>(from) + (m ? m - 1 : 0) * a.points() + point;",
+        "static_cast<const S*>(a.posterior) + (m < a.components ? m : 0) * a.points() + point;",
+        "static_cast<const S*>(a.posterior) + (m ? m - 1 : 0) * a.points() + point;",
         "streaming",
         WRONG,
         JOINT_CASES,

@@ -13,7 +13,12 @@ MOST_POINTS = 128  # that a thread adds up in single precision in the streaming 
 MOST_OF_INPUT = 0.025  # the memory of the sums, of the input's, in the streaming path
 LITTLE = 16384  # bytes that they may always have
 
-LIMITS = {"H200": (132, 232448, 8), "A100": (108, 166912, 1), "A10": (72, 101376, 1)}
+# Multiprocessors, bytes of shared memory of a block, blocks of the largest cluster, bytes of the cache.
+LIMITS = {
+    "H200": (132, 232448, 8, 60 << 20),
+    "A100": (108, 166912, 1, 40 << 20),
+    "A10": (72, 101376, 1, 6 << 20),
+}
 DEVICES = {name: _host.Device(*limits) for name, limits in LIMITS.items()}
 H200, A100 = DEVICES["H200"], DEVICES["A100"]
 USUAL = _host.Tuning()
@@ -73,7 +78,7 @@ EXTENTS = st.fixed_dictionaries(
 @given(device=st.sampled_from(list(DEVICES)), tuning=st.sampled_from(list(TUNINGS)), case=EXTENTS)
 def test_every_limit_is_kept_and_every_element_covered_once(planned, device, tuning, case):
     assume(case["channels"] * case["points"] < 2**40)  # more than any memory holds
-    multiprocessors, shared_memory, cluster = LIMITS[device]
+    multiprocessors, shared_memory, cluster, _ = LIMITS[device]
     chosen = TUNINGS[tuning]
     arguments, asked = extent(**case)
     plan = PASSES[planned](asked, DEVICES[device], _host.Tuning(**chosen))
@@ -206,3 +211,52 @@ def test_no_cluster_without_clusters():
     assert _host.plan_resident(asked, A100, USUAL) is None
     _, asked = extent(1024, 64 * 14 * 14, False)
     assert _host.plan_resident(asked, A100, USUAL).splits == 1
+
+
+POINT_LIMITS = {"threads": 512, "points_of_thread": 4, "side": 32, "shared": 71680}  # of four components, contiguous
+
+
+@settings(max_examples=2000)
+@given(device=st.sampled_from(list(DEVICES)), case=EXTENTS, points=st.sampled_from([1, 2, 4, 8]))
+def test_the_points_of_a_thread_are_as_many_as_suit(device, case, points):
+    """Whole blocks for all multiprocessors, whose inputs take half of the cache at most, or one point for a thread."""
+    multiprocessors, shared_memory, _, cache = LIMITS[device]
+    _, asked = extent(**case)
+    limits = _host.PointLimits(**POINT_LIMITS | {"points_of_thread": points})
+    chosen = _host.points_of_thread(asked, limits, DEVICES[device])
+
+    def suits(number):
+        tile = 32 * number * case["channels"] * case["element_size"] * case["tensors"]
+        return math.ceil(case["points"] / (32 * number)) >= multiprocessors and 2 * tile * multiprocessors <= cache
+
+    assert chosen == max((n for n in (1, 2, 4, 8) if n <= points and (n == 1 or suits(n))))
+
+    splits = _host.splits_of_moments(asked, limits, DEVICES[device])
+    tiles = math.ceil(case["points"] / (32 * chosen))
+    assert 0 <= splits <= min(tiles, multiprocessors)
+    input_bytes = case["channels"] * case["points"] * case["element_size"]
+    assert _host.bytes_of_sums(asked, splits) <= max(MOST_OF_INPUT * input_bytes, LITTLE)
+    assert splits == 0 or 2 * splits >= min(tiles, multiprocessors)
+    assert splits == 0 or POINT_LIMITS["shared"] <= shared_memory
+
+
+@pytest.mark.parametrize(
+    ("channels", "points", "of_thread", "splits"),
+    [
+        # ResNet-32 on CIFAR at batch 128, ResNet-50 at batch 64; a tile is 32 points for each of a thread's.
+        (16, 128 * 32 * 32, 4, 132),
+        (64, 128 * 8 * 8, 1, 0),  # 256 tiles, but sums of 3 KiB, of which 52 KiB are a fortieth of the input
+        (64, 64 * 56 * 56, 4, 132),
+        (256, 64 * 56 * 56, 4, 132),
+        # 132 tiles of 128 points take 33 MiB; a fortieth of the input is 104 times 24 KiB
+        (512, 64 * 28 * 28, 2, 104),
+        (2048, 64 * 7 * 7, 1, 0),
+    ],
+)
+def test_where_weights_and_moments_are_one_pass(channels, points, of_thread, splits):
+    _, asked = extent(channels, points, False)
+    limits = _host.PointLimits(**POINT_LIMITS)
+    assert _host.points_of_thread(asked, limits, H200) == of_thread
+    assert _host.splits_of_moments(asked, limits, H200) == splits
+    too_large = _host.PointLimits(**POINT_LIMITS | {"shared": 232449})
+    assert _host.splits_of_moments(asked, too_large, H200) == 0

@@ -33,8 +33,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("build_facts", &cbn::build_facts, "Compiler and language version of this build.");
 
   namespace py = pybind11;
-  py::class_<cbn::Device>(m, "Device",
-                          "What a CUDA device allows: shared_memory in bytes of a block, cluster in blocks, cache in bytes.")
+  py::class_<cbn::Device>(
+      m, "Device", "What a CUDA device allows: shared_memory in bytes of a block, cluster in blocks, cache in bytes.")
       .def(py::init<int, int, int, int>(), py::arg("multiprocessors"), py::arg("shared_memory"), py::arg("cluster"),
            py::arg("cache"));
   py::class_<cbn::Tuning>(m, "Tuning", "What a measurement may change: cluster, blocks, ahead, threads; see launch.h.")
@@ -62,7 +62,8 @@ PYBIND11_MODULE(_host, m) {
         "Plan of a pass that reads values from global memory and leaves the sums of its splits there.");
   m.def("plan_map", &cbn::plan_map, py::arg("extent"), py::arg("device"), py::arg("tuning"),
         "Plan of a pass that reads values from global memory and maps them.");
-  py::class_<cbn::PointLimits>(m, "PointLimits", "What joint mode's passes over the channels of points are compiled for.")
+  py::class_<cbn::PointLimits>(m, "PointLimits",
+                               "What joint mode's passes over the channels of points are compiled for.")
       .def(py::init<int, int, int, unsigned>(), py::arg("threads"), py::arg("points_of_thread"), py::arg("side"),
            py::arg("shared"));
   m.def("points_of_thread", &cbn::points_of_thread, py::arg("extent"), py::arg("limits"), py::arg("device"),

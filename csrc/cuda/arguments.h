@@ -19,13 +19,13 @@ struct Arguments : Problem {
 
   // Channels, in channels_last points, begin at a byte of the mask, where has_posterior at a word; else it starts as 0.
   bool mask_is_aligned;
-  void* partials;      // [splits, 3 or 2, M, C] sums, of the streaming path
-  void* origins;       // [C] what the sums are relative to
+  void* partials;  // [splits, 3 or 2, M, C] sums, of the streaming path
+  void* origins;   // [C] what the sums are relative to
 
   // What joint mode's passes over all channels of a point take of each channel: [C] of ChannelRows.
   void* sums_table;
   void* map_table;
-  double* heights;  // [2, M] as compiled: sums of each component's peaks, and its distance from the points
+  double* heights;       // [2, M] as compiled: sums of each component's peaks, and its distance from the points
   int points_of_thread;  // in these passes
 };
 
@@ -48,7 +48,7 @@ struct Kernels {
   // Joint mode's, whose maps have all channels of a point too; null in the other modes.
   struct Points {
     Kernel sum_components, lay_out_weights, weigh;
-    Kernel lay_out_forward, lay_out_backward;  // for the maps
+    Kernel lay_out_forward, lay_out_backward;                  // for the maps
     int64_t bytes_for_weights, bytes_forward, bytes_backward;  // of a channel in the tables
     PointLimits limits;
     unsigned shared;  // bytes, without moments

@@ -48,10 +48,10 @@ struct PointBlock {
   static constexpr bool kLast = C::kChannelsLast;
   static constexpr int M = C::M;
   static constexpr int kThreads = M * C::kWords > 8 ? 256 : 512, kWarps = kThreads / kWarp;
-  static constexpr int kPoints = (kLast ? kWarp : kWarp / 2) / M;           // of a thread at most
-  static constexpr int kSide = kLast ? kWarps : kWarp;                      // points of the block for each of these
-  static constexpr int kMostPoints = kPoints * kSide;                       // of the block
-  static constexpr int kChannelsOfTurn = kLast ? kWarp : kWarps;            // that the block's threads take at once
+  static constexpr int kPoints = (kLast ? kWarp : kWarp / 2) / M;  // of a thread at most
+  static constexpr int kSide = kLast ? kWarps : kWarp;             // points of the block for each of these
+  static constexpr int kMostPoints = kPoints * kSide;              // of the block
+  static constexpr int kChannelsOfTurn = kLast ? kWarp : kWarps;   // that the block's threads take at once
   // Shared memory: weights and gradients of the log-odds, [points, M] of S; then a room that the passes use in turn.
   static constexpr int kNumbers = kMostPoints * M;
   static constexpr unsigned kRoom = 2 * kNumbers * sizeof(S);
@@ -68,11 +68,7 @@ struct PointBlock {
   unsigned char* room = shared_memory() + kRoom;
 
   __device__ __forceinline__ PointBlock(const Arguments& a, int64_t tile)
-      : a(a),
-        count(a.points_of_thread),
-        points(count * kSide),
-        first(tile * points),
-        stride(kLast ? 1 : a.spatial) {}
+      : a(a), count(a.points_of_thread), points(count * kSide), first(tile * points), stride(kLast ? 1 : a.spatial) {}
 
   // The number of the thread's point k in the block.
   __device__ __forceinline__ int number(int k) const { return kLast ? warp * count + k : k * kWarp + lane; }
@@ -102,8 +98,8 @@ struct PointBlock {
   __device__ __forceinline__ int64_t mask_bit(int64_t point, int64_t channel) const {
     return kLast ? point * a.channels + channel : channel * a.points() + point;
   }
-  // Each lane says whether the ReLU passed its element; lane 0's bit is `bit`, and the others' follow. Where `exists` is
-  // false no lane has an element.
+  // Each lane says whether the ReLU passed its element; lane 0's bit is `bit`, and the others' follow. Where `exists`
+  // is false no lane has an element.
   __device__ __forceinline__ void store_mask(int64_t bit, bool passed, bool exists) const {
     const unsigned bits = __ballot_sync(0xffffffffu, passed);
     if (lane != 0 || !exists) return;
@@ -202,8 +198,7 @@ __device__ __forceinline__ void weigh(const PointBlock<C>& block) {
   constexpr int M = C::M;
   const Arguments& a = block.a;
   sum_channels<Distances, false>(
-      block, nullptr,
-      [](S(&sums)[M], const Distances<S, M>& rows, S z, S, int64_t, int) { accumulate(sums, rows, z); },
+      block, nullptr, [](S(&sums)[M], const Distances<S, M>& rows, S z, S, int64_t, int) { accumulate(sums, rows, z); },
       [&](double (&totals)[M], int number) {
         S p[M], sum = 0;
         double top = -1e300;
@@ -234,7 +229,7 @@ struct PointMoments {
   using S = typename C::S;
   using B = PointBlock<C>;
   static constexpr int M = C::M;
-  static constexpr int kPitch = kWarp + 1;                   // between channels in shared memory
+  static constexpr int kPitch = kWarp + 1;                       // between channels in shared memory
   static constexpr int kSquare = B::kLast ? 0 : kWarp * kPitch;  // of each warp
   static constexpr int kSums = kMomentRows * M;
   static constexpr unsigned kSquares = B::kWarps * kSquare * sizeof(S), kStaged = B::kWarps * kSums * kWarp * sizeof(S);
@@ -450,8 +445,7 @@ __device__ __forceinline__ void differentiate(const PointBlock<C>& block, bool c
   constexpr int M = C::M;
   const Arguments& a = block.a;
   for_each_element<PointGradient, true>(
-      block, a.grad,
-      [&](const PointGradient<S, M>& rows, S z, S grad, int64_t at, int64_t channel, int number) {
+      block, a.grad, [&](const PointGradient<S, M>& rows, S z, S grad, int64_t at, int64_t channel, int number) {
         S p[M], f[M];
         block.load(block.weights, number, p);
         const bool exists = block.exists(number) && channel < a.channels;

@@ -366,11 +366,16 @@ Kernels kernels_for_joint() {
           C::kThreads,
           {reduce_kernel<C, Pass::kMoments>, map_points_kernel<C, Pass::kNormalise>, nullptr},
           {reduce_kernel<C, Pass::kGradientSums>, map_points_kernel<C, Pass::kInputGradient>, nullptr},
-          {sum_components_kernel<C>, lay_out_kernel<C, Pass::kMoments>, weigh_kernel<C>,
-           lay_out_kernel<C, Pass::kNormalise>, lay_out_kernel<C, Pass::kInputGradient>,
-           sizeof(ChannelRows<S, Distances, C::M>), sizeof(ChannelRows<S, Branches, C::M>),
+          {sum_components_kernel<C>,
+           lay_out_kernel<C, Pass::kMoments>,
+           weigh_kernel<C>,
+           lay_out_kernel<C, Pass::kNormalise>,
+           lay_out_kernel<C, Pass::kInputGradient>,
+           sizeof(ChannelRows<S, Distances, C::M>),
+           sizeof(ChannelRows<S, Branches, C::M>),
            sizeof(ChannelRows<S, PointGradient, C::M>),
-           {B::kThreads, B::kPoints, B::kSide, std::max(B::kShared, PointMoments<C>::kShared)}, B::kShared}};
+           {B::kThreads, B::kPoints, B::kSide, std::max(B::kShared, PointMoments<C>::kShared)},
+           B::kShared}};
 }
 
 template <class E, bool kLast>

@@ -275,8 +275,8 @@ inline int points_of_thread(const Extent& p, const PointLimits& limits, const De
 // have one, or do not fit: then the moments are a pass of their own.
 inline int64_t splits_of_moments(const Extent& p, const PointLimits& limits, const Device& device) {
   const int64_t tiles = divide_up(p.points, static_cast<int64_t>(points_of_thread(p, limits, device)) * limits.side);
-  const int64_t most = std::max(p.points * p.channels * p.element_size / kInputOfSums, kFewestBytesOfSums) /
-                       bytes_of_sums(p, 1);
+  const int64_t most =
+      std::max(p.points * p.channels * p.element_size / kInputOfSums, kFewestBytesOfSums) / bytes_of_sums(p, 1);
   const int64_t wanted = std::min<int64_t>(tiles, device.multiprocessors), splits = std::min(wanted, most);
   return 2 * splits >= wanted && limits.shared <= static_cast<unsigned>(device.shared_memory) ? splits : 0;
 }

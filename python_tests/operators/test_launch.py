@@ -229,7 +229,7 @@ def test_the_points_of_a_thread_are_as_many_as_suit(device, case, points):
         tile = 32 * number * case["channels"] * case["element_size"] * case["tensors"]
         return math.ceil(case["points"] / (32 * number)) >= multiprocessors and 2 * tile * multiprocessors <= cache
 
-    assert chosen == max((n for n in (1, 2, 4, 8) if n <= points and (n == 1 or suits(n))))
+    assert chosen == max(n for n in (1, 2, 4, 8) if n <= points and (n == 1 or suits(n)))
 
     splits = _host.splits_of_moments(asked, limits, DEVICES[device])
     tiles = math.ceil(case["points"] / (32 * chosen))

@@ -49,6 +49,7 @@ struct PointBlock {
   static constexpr int M = C::M;
   static constexpr int kThreads = M * C::kWords > 8 ? 256 : 512, kWarps = kThreads / kWarp;
   static constexpr int kPoints = (kLast ? kWarp : kWarp / 2) / M;  // of a thread at most
+  static constexpr int kTogether = kWarp / 2 / M;                  // of whose elements are on their way together
   static constexpr int kSide = kLast ? kWarps : kWarp;             // points of the block for each of these
   static constexpr int kMostPoints = kPoints * kSide;              // of the block
   static constexpr int kChannelsOfTurn = kLast ? kWarp : kWarps;   // that the block's threads take at once
@@ -114,24 +115,30 @@ struct PointBlock {
   }
 };
 
-// Elements of the thread's points and of one channel, on their way together.
-template <class C, bool kOther>
-struct Elements {
+// Calls visit(k, x, g) for the thread's points k and one channel, g the element of another tensor if there is one. A
+// few points' elements are on their way together.
+template <bool kOther, class C, class Visit>
+__device__ __forceinline__ void for_each_point(const PointBlock<C>& block,
+                                               const int64_t (&offset)[PointBlock<C>::kPoints], int64_t channel,
+                                               const void* other, Visit visit) {
   using S = typename C::S;
   using E = typename C::Element;
-  S x[PointBlock<C>::kPoints], other[PointBlock<C>::kPoints];
-
-  __device__ __forceinline__ Elements(const PointBlock<C>& block, const int64_t (&offset)[PointBlock<C>::kPoints],
-                                      int64_t channel, const void* tensor) {
+  constexpr int kPoints = PointBlock<C>::kPoints, kTogether = PointBlock<C>::kTogether;
+  CBN_UNROLL
+  for (int first = 0; first < kPoints; first += kTogether) {
+    S x[kTogether], g[kTogether];
     CBN_UNROLL
-    for (int k = 0; k < PointBlock<C>::kPoints; ++k) {
-      const int64_t at = offset[k] + channel * block.stride;
-      if (k >= block.count) continue;
+    for (int k = 0; k < kTogether; ++k) {
+      const int64_t at = offset[first + k] + channel * block.stride;
+      if (first + k >= block.count) continue;
       x[k] = static_cast<S>(static_cast<const E*>(block.a.x)[at]);
-      if (kOther) other[k] = static_cast<S>(static_cast<const E*>(tensor)[at]);
+      if (kOther) g[k] = static_cast<S>(static_cast<const E*>(other)[at]);
     }
+    CBN_UNROLL
+    for (int k = 0; k < kTogether; ++k)
+      if (first + k < block.count) visit(first + k, x[k], kOther ? g[k] : S(0));
   }
-};
+}
 
 // Sums over the channels of each point: add(sums [M], rows, z, g, offset, channel, number) for each channel and each of
 // the thread's points, g the element of another tensor if there is one; then finish(totals [M], number), one thread for
@@ -160,12 +167,9 @@ __device__ __forceinline__ void sum_channels(const PointBlock<C>& block, const v
       if (channel >= a.channels) break;
       ChannelRows<S, Rows, M> of_channel = table[channel];
       const Rows<S, M> rows = of_channel.rows();
-      const Elements<C, kOther> elements(block, offset, channel, other);
-      CBN_UNROLL
-      for (int k = 0; k < B::kPoints; ++k) {
-        if (k < block.count)
-          add(sums[k], rows, elements.x[k] - of_channel.origin(), elements.other[k], channel, block.number(k));
-      }
+      for_each_point<kOther>(block, offset, channel, other, [&](int k, S x, S g) {
+        add(sums[k], rows, x - of_channel.origin(), g, channel, block.number(k));
+      });
     }
     CBN_UNROLL
     for (int k = 0; k < B::kPoints; ++k) {
@@ -401,13 +405,9 @@ __device__ __forceinline__ void for_each_element(const PointBlock<C>& block, con
     const int64_t read = channel < a.channels ? channel : a.channels - 1;
     ChannelRows<S, Rows, C::M> of_channel = table[read];
     const Rows<S, C::M> rows = of_channel.rows();
-    const Elements<C, kOther> elements(block, offset, read, other);
-    CBN_UNROLL
-    for (int k = 0; k < B::kPoints; ++k) {
-      if (k < block.count)
-        visit(rows, elements.x[k] - of_channel.origin(), elements.other[k], offset[k] + read * block.stride, channel,
-              block.number(k));
-    }
+    for_each_point<kOther>(block, offset, read, other, [&](int k, S x, S g) {
+      visit(rows, x - of_channel.origin(), g, offset[k] + read * block.stride, channel, block.number(k));
+    });
   }
 }
 

@@ -99,10 +99,9 @@ struct PointBlock {
   __device__ __forceinline__ int64_t mask_bit(int64_t point, int64_t channel) const {
     return kLast ? point * a.channels + channel : channel * a.points() + point;
   }
-  // Each lane says whether the ReLU passed its element; lane 0's bit is `bit`, and the others' follow. Where `exists`
-  // is false no lane has an element.
-  __device__ __forceinline__ void store_mask(int64_t bit, bool passed, bool exists) const {
-    const unsigned bits = __ballot_sync(0xffffffffu, passed);
+  // Each lane says whether its element exists and the ReLU passed it: `bit` and those of the lanes after lane 0.
+  __device__ __forceinline__ void store_mask(int64_t bit, bool exists, bool passed) const {
+    const unsigned bits = __ballot_sync(0xffffffffu, exists && passed);
     if (lane != 0 || !exists) return;
     unsigned* const word = a.mask + bit / 32;
     const int shift = static_cast<int>(bit % 32);
@@ -426,11 +425,7 @@ __device__ __forceinline__ void normalise(const PointBlock<C>& block) {
     if (!kPlain && a.relu) {
       const bool passed = passes_relu(y);
       y = passed ? y : S(0);
-      if (a.mask) {
-        const int channels_before = C::kChannelsLast ? block.lane : 0, points_before = block.lane - channels_before;
-        const int64_t point = block.first + number - points_before;
-        block.store_mask(block.mask_bit(point, channel - channels_before), exists && passed, point < a.points());
-      }
+      if (a.mask) block.store_mask(block.mask_bit(block.first + number, channel), exists, passed);
     }
     if (exists) store_global(static_cast<E*>(a.out) + at, static_cast<E>(y));
   };

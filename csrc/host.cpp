@@ -69,6 +69,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("points_of_thread", &cbn::points_of_thread, py::arg("extent"), py::arg("limits"), py::arg("device"),
         "Points of a thread in these passes.");
   m.def("splits_of_moments", &cbn::splits_of_moments, py::arg("extent"), py::arg("limits"), py::arg("device"),
+        py::arg("tuning"),
         "Blocks that weigh points and leave sums of their moments; 0 where the moments are a pass of their own.");
   m.def("bytes_of_sums", &cbn::bytes_of_sums, py::arg("extent"), py::arg("splits"),
         "Memory of the sums that a reduction leaves.");

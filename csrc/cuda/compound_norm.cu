@@ -148,7 +148,7 @@ struct Work {
     const Kernels::Points& points = kernels.points;
     Extent weighed = extent;
     weighed.tensors = 1;
-    const int64_t splits = splits_of_moments(weighed, points.limits, device);
+    const int64_t splits = splits_of_moments(weighed, points.limits, device, chosen);
     if (splits == 0) {
       const Tensor tables = lay_out_points(x, true, nullptr, 0);
       launch_points(points.weigh, weighed, 0, points.shared);

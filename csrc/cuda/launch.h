@@ -51,7 +51,7 @@ struct Device {
 
 // What a measurement may change (tuning.h).
 struct Tuning {
-  int cluster = kLargestCluster;  // blocks of the largest cluster; 1: no clusters, 0: no resident path
+  int cluster = kLargestCluster;  // blocks of the largest cluster; 1: no clusters, 0: each pass reads from memory
   int blocks = 4;                 // for each multiprocessor that the streaming path tries to have
   int ahead = 0;                  // chunks under way in the streaming path: 3 or 7; 0: by the layout
   int threads = 512;              // of a resident block at most
@@ -273,12 +273,14 @@ inline int points_of_thread(const Extent& p, const PointLimits& limits, const De
 
 // Blocks that weigh points and leave sums of their moments; 0 where these would be too many for most multiprocessors to
 // have one, or do not fit: then the moments are a pass of their own.
-inline int64_t splits_of_moments(const Extent& p, const PointLimits& limits, const Device& device) {
+inline int64_t splits_of_moments(const Extent& p, const PointLimits& limits, const Device& device,
+                                 const Tuning& tuning) {
+  if (tuning.cluster == 0 || limits.shared > static_cast<unsigned>(device.shared_memory)) return 0;
   const int64_t tiles = divide_up(p.points, static_cast<int64_t>(points_of_thread(p, limits, device)) * limits.side);
   const int64_t most =
       std::max(p.points * p.channels * p.element_size / kInputOfSums, kFewestBytesOfSums) / bytes_of_sums(p, 1);
   const int64_t wanted = std::min<int64_t>(tiles, device.multiprocessors), splits = std::min(wanted, most);
-  return 2 * splits >= wanted && limits.shared <= static_cast<unsigned>(device.shared_memory) ? splits : 0;
+  return 2 * splits >= wanted ? splits : 0;
 }
 
 // The pass of the streaming path that maps.

@@ -4,9 +4,7 @@ import functools
 import os
 import re
 import subprocess
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 import torch
@@ -34,8 +32,6 @@ INSTANCES = [
     for layout in ("contiguous", "channels_last")
     if mode == "channel" or dtype != torch.float64 or components == 16
 ]
-# Joint mode with so many channels for its points that the moments are a pass of their own.
-INSTANCES += [replace(case, shape=(3, 1400 // case.components, 4, 4)) for case in INSTANCES if case.mode == "joint"]
 # More splits of a stream than a warp has threads to merge them.
 MANY_SPLITS = Case((9, 1, 128, 128), 2)
 CASES = [*CASE_TABLE, *INSTANCES, Case((13, 1, 31, 33)), Case((13, 1, 31, 33), layout="channels_last"), MANY_SPLITS]
@@ -84,9 +80,9 @@ def test_every_compiled_kernel_runs():
     resident = {symbol for symbol in compiled if "resident_kernel" in symbol}
     streaming = {symbol for symbol in compiled if re.search("reduce_kernel|map_kernel|map_points_kernel", symbol)}
     for_points = {symbol for symbol in compiled if re.search("weigh_kernel|sum_components|lay_out", symbol)}
-    of_mode = Counter("joint" if case.mode == "joint" else "others" for case in INSTANCES)
-    joint, others = of_mode["joint"] // 2, of_mode["others"]
-    assert len(resident) == 2 * others and len(streaming) == 4 * (others + joint) and len(for_points) == 5 * joint
+    joint = sum(case.mode == "joint" for case in INSTANCES)
+    assert len(resident) == 2 * (len(INSTANCES) - joint)
+    assert len(streaming) == 4 * len(INSTANCES) and len(for_points) == 5 * joint
 
     launches = {device: table(device).launches for device in DEVICES}
     by_themselves = {line.split()[0] for line in passes_by_themselves().splitlines() if line}
@@ -94,7 +90,8 @@ def test_every_compiled_kernel_runs():
     assert {launch.kernel for launch in launches["clusters"] if launch.cluster > 1} == resident
     assert {launch.cluster for launch in launches["clusters"]} == {1, 2, 4, 8}
     split = {launch for launch in instances_in_another_order("streaming").launches if launch.blocks > CHANNELS}
-    assert {launch.kernel for launch in split} >= streaming
+    # Joint mode's instances have too few points for splits: a tile of theirs is dear here.
+    assert {launch.kernel for launch in split} >= {symbol for symbol in streaming if "JointPosterior" not in symbol}
 
 
 START = """

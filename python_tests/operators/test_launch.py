@@ -231,7 +231,7 @@ def test_the_points_of_a_thread_are_as_many_as_suit(device, case, points):
 
     assert chosen == max(n for n in (1, 2, 4, 8) if n <= points and (n == 1 or suits(n)))
 
-    splits = _host.splits_of_moments(asked, limits, DEVICES[device])
+    splits = _host.splits_of_moments(asked, limits, DEVICES[device], USUAL)
     tiles = math.ceil(case["points"] / (32 * chosen))
     assert 0 <= splits <= min(tiles, multiprocessors)
     input_bytes = case["channels"] * case["points"] * case["element_size"]
@@ -257,6 +257,7 @@ def test_where_weights_and_moments_are_one_pass(channels, points, of_thread, spl
     _, asked = extent(channels, points, False)
     limits = _host.PointLimits(**POINT_LIMITS)
     assert _host.points_of_thread(asked, limits, H200) == of_thread
-    assert _host.splits_of_moments(asked, limits, H200) == splits
+    assert _host.splits_of_moments(asked, limits, H200, USUAL) == splits
     too_large = _host.PointLimits(**POINT_LIMITS | {"shared": 232449})
-    assert _host.splits_of_moments(asked, too_large, H200) == 0
+    assert _host.splits_of_moments(asked, too_large, H200, USUAL) == 0
+    assert _host.splits_of_moments(asked, limits, H200, _host.Tuning(cluster=0)) == 0

@@ -139,7 +139,7 @@ __device__ __forceinline__ void for_each_point(const PointBlock<C>& block,
   }
 }
 
-// Sums over the channels of each point: add(sums [M], rows, z, g, offset, channel, number) for each channel and each of
+// Sums over the channels of each point: add(sums [M], rows, z, g, channel, number) for each channel and each of
 // the thread's points, g the element of another tensor if there is one; then finish(totals [M], number), one thread for
 // each point of the block.
 template <template <class, int> class Rows, bool kOther, class C, class Add, class Finish>

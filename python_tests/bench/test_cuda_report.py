@@ -12,7 +12,7 @@ from bench.cuda import plan, report, tables
 from bench.cuda.measure import CudaRow, KernelRow, Measured
 from bench.cuda.tables import Times, pass_percents, targets
 from bench.harness import BACKWARD, BOTH, DIRECTIONS, EVALUATION, FORWARD, MemoryRow
-from bench.providers import BATCHNORM, COMPILED, OURS, REFERENCE
+from bench.providers import BATCHNORM, COMPILED, JOINT, OURS, REFERENCE
 from bench.report import report_name, write_csvs
 
 COPY = 4000.0  # GB/s
@@ -161,6 +161,7 @@ def test_targets_have_the_worst_means_passes_times_and_sizes():
     rows += rows_of({OURS: 11.0, BATCHNORM: 10.0}, dtype="bfloat16")
     rows += rows_of({OURS: 13.0, BATCHNORM: 10.0}, dtype="float16")
     rows += rows_of({OURS: 5.0, BATCHNORM: 5.0}, direction=EVALUATION)
+    rows += rows_of({OURS + JOINT: 14.0, BATCHNORM: 10.0}, dtype="float16", layout="channels_last")
     for l2, forward in (("cold", 5.5), ("hot", 3.0)):
         for shape, direction, more in (("128x16x32x32", FORWARD, 0), ("128x64x8x8", BACKWARD, 1)):
             rows += rows_of({OURS: forward + more}, l2=l2, shape=shape, direction=direction)
@@ -178,6 +179,8 @@ def test_targets_have_the_worst_means_passes_times_and_sizes():
     assert values == {
         "forward+backward, cbn_ext / BatchNorm2d, float32": pytest.approx(1.2),
         "forward+backward, cbn_ext / BatchNorm2d, 16-bit": pytest.approx(1.3),
+        "forward+backward, cbn_ext joint / BatchNorm2d, float32": None,
+        "forward+backward, cbn_ext joint / BatchNorm2d, 16-bit": pytest.approx(1.4),
         "forward+backward, cbn_ext + ReLU / BatchNorm2d + ReLU": pytest.approx(0.8),
         "forward+backward, cbn_ext + ReLU / BatchNorm2d + ReLU compiled": pytest.approx(8 / 7),
         "forward+backward, cbn_ext + add + ReLU / BatchNorm2d + add + ReLU": pytest.approx(0.5),

@@ -187,26 +187,37 @@ print("resident" in said("cbn_emulation_launches"))
     assert output.split() == ["False"] * 4 + ["True"]
 
 
-@pytest.mark.parametrize(
-    ("variable", "allowed"),
-    [
-        ("CBN_CUDA_CLUSTER", "0, 1, 2, 4, 8"),
-        ("CBN_CUDA_BLOCKS", "1, 2, 4, 8, 16, 32"),
-        ("CBN_CUDA_AHEAD", "3, 7"),
-        ("CBN_CUDA_THREADS", "64, 128, 256, 512"),
-    ],
-)
-@pytest.mark.parametrize("value", ["5", "", "1 "])
-def test_other_values_in_the_environment_are_errors(variable, allowed, value):
-    code = """
-layer = cbn_ext.CompoundBatchNorm2d(2)
-try:
-    layer(torch.randn(2, 2, 9, 9))
-except RuntimeError as error:
-    print(error)
+def test_other_values_in_the_environment_are_errors():
+    """Where they are read first, and again when that is asked for; the value before stays."""
+    allowed = {
+        "CBN_CUDA_CLUSTER": "0, 1, 2, 4, 8",
+        "CBN_CUDA_BLOCKS": "1, 2, 4, 8, 16, 32",
+        "CBN_CUDA_AHEAD": "3, 7",
+        "CBN_CUDA_THREADS": "64, 128, 256, 512",
+    }
+    values = "5", "", "1 "
+    code = f"""
+layer, x = cbn_ext.CompoundBatchNorm2d(2), torch.randn(2, 2, 9, 9)
+def error(call):
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+print(error(lambda: layer(x)))
+del os.environ["CBN_CUDA_CLUSTER"]
+layer(x)
+for variable in {list(allowed)}:
+    for value in {values}:
+        os.environ[variable] = value
+        print(error(cbn_ext.ops.read_cuda_environment))
+        layer(x)
+    del os.environ[variable]
 """
-    output = run_code(code, {**DEVICES["clusters"], variable: value})
-    assert f"expected {variable} to be one of {allowed}; got {value}" in output
+    first, *again = run_code(code, DEVICES["clusters"] | {"CBN_CUDA_CLUSTER": "3"}).splitlines()
+    assert first.endswith("expected CBN_CUDA_CLUSTER to be one of 0, 1, 2, 4, 8; got 3")
+    assert len(again) == len(allowed) * len(values)
+    expected = (f"expected {of} to be one of {allowed[of]}; got {value}" for of in allowed for value in values)
+    assert all(line.endswith(text) for line, text in zip(again, expected, strict=True)), again
 
 
 @pytest.mark.parametrize("ahead", ["3", "7"])

@@ -9,6 +9,8 @@ namespace {
 
 // Columns, channels or vectors of neighbouring channels, added in float before the sums move on to double.
 constexpr int kColumnsPerFlush = 32;
+// Channels ahead whose points are asked for: they lie too far away for the processor to foresee them.
+constexpr int kChannelsAhead = 2;
 // Vectors of a tile, whose sums stay in the nearest cache while the tile's columns go by.
 constexpr int kTileVectors = 32;
 
@@ -28,6 +30,8 @@ CBN_INLINE void sum_channels(const Work& work, int64_t begin, int64_t end, Add a
   const int64_t inside = least(spatial, kTileVectors * points);
   const int64_t images = kTileVectors / ((inside + points - 1) / points);
   const S* const table = static_cast<const S*>(work.channels_table);
+  const auto* const x = static_cast<const typename E::Memory*>(work.x);
+  const auto* const grad = static_cast<const typename E::Memory*>(work.grad);
   Place places[kTileVectors];
   V sums[kTileVectors][M];
   double totals[M][kTileVectors * kLanes];
@@ -64,11 +68,14 @@ CBN_INLINE void sum_channels(const Work& work, int64_t begin, int64_t end, Add a
       const int64_t left = least(channels, C - c);
       for (int v = 0; v < vectors; ++v) {
         const Place place{places[v].offset + column * stride, last ? left : places[v].count, places[v].point};
+        if (!last) {
+          __builtin_prefetch(x + place.offset + kChannelsAhead * stride);
+          if (grad) __builtin_prefetch(grad + place.offset + kChannelsAhead * stride);
+        }
         V current[M];
         CBN_UNROLL
         for (int m = 0; m < M; ++m) current[m] = sums[v][m];
-        add(current, rows, load<E>(static_cast<const typename E::Memory*>(work.x) + place.offset, place.count) - origin,
-            place);
+        add(current, rows, load<E>(x + place.offset, place.count) - origin, place);
         CBN_UNROLL
         for (int m = 0; m < M; ++m) sums[v][m] = current[m];
       }

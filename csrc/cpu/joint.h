@@ -11,6 +11,9 @@ namespace {
 constexpr int kColumnsPerFlush = 32;
 // Channels ahead whose points are asked for: they lie too far away for the processor to foresee them.
 constexpr int kChannelsAhead = 2;
+// Exponents below which a weight is 0: processors take a hundred times as long for numbers below the normal ones.
+template <class S>
+constexpr double kLeastExponent = std::is_same_v<S, double> ? -1022 : -126;
 // Vectors of a tile, whose sums stay in the nearest cache while the tile's columns go by.
 constexpr int kTileVectors = 32;
 
@@ -123,7 +126,13 @@ void weigh_points(const Work& work, int64_t begin, int64_t end) {
           for (int m = 1; m < work.components; ++m) top = top < log_density(m) ? log_density(m) : top;
           for (int m = 0; m < work.components; ++m) p[m][l] = static_cast<S>(log_density(m) - top);
         }
-        for (int m = 0; m < work.components; ++m) sum = sum + (p[m] = Math<V>::exp2(p[m]));
+        for (int m = 0; m < work.components; ++m) {
+          const V exponent = p[m];
+          p[m] = Math<V>::exp2(exponent);
+          for (int l = 0; l < kLanes; ++l)
+            if (static_cast<double>(exponent[l]) < kLeastExponent<S>) p[m][l] = 0;
+          sum = sum + p[m];
+        }
         const V factor = Math<V>::reciprocal(sum);
         for (int m = 0; m < work.components; ++m)
           store<Statistic<S>>(static_cast<S*>(work.posterior) + m * work.points() + point, count, p[m] * factor);

@@ -37,10 +37,9 @@ PYBIND11_MODULE(_host, m) {
       m, "Device", "What a CUDA device allows: shared_memory in bytes of a block, cluster in blocks, cache in bytes.")
       .def(py::init<int, int, int, int>(), py::arg("multiprocessors"), py::arg("shared_memory"), py::arg("cluster"),
            py::arg("cache"));
-  py::class_<cbn::Tuning>(m, "Tuning", "What a measurement may change: cluster, blocks, ahead, threads; see launch.h.")
-      .def(py::init<int, int, int, int>(), py::arg("cluster") = cbn::Tuning{}.cluster,
-           py::arg("blocks") = cbn::Tuning{}.blocks, py::arg("ahead") = cbn::Tuning{}.ahead,
-           py::arg("threads") = cbn::Tuning{}.threads);
+  py::class_<cbn::Tuning>(m, "Tuning", "What a measurement may change: cluster, blocks, threads; see launch.h.")
+      .def(py::init<int, int, int>(), py::arg("cluster") = cbn::Tuning{}.cluster,
+           py::arg("blocks") = cbn::Tuning{}.blocks, py::arg("threads") = cbn::Tuning{}.threads);
   py::class_<cbn::Extent>(m, "Extent", "What a pass works on; sizes in bytes, vector in elements of a chunk.")
       .def(py::init<int64_t, int64_t, bool, int, int, int, int, int, int>(), py::arg("channels"), py::arg("points"),
            py::arg("channels_last"), py::arg("element_size"), py::arg("statistic_size"), py::arg("components"),

@@ -34,6 +34,10 @@ constexpr double kPriorFloor = 1e-6;
 constexpr double kMassFloor = 1e-30;
 // Log2-odds up to here are exponentiated as they are: sums over components and products with x stay in float's range.
 constexpr double kBoundedOdds = 60.0;
+// Precisions that differ by less, relative to the smaller one, count as differing by so much.
+constexpr double kLeastExcess = 0x1p-40;
+// Standard deviations of the widest component that its odds' centres may be away from it in ExpandedGradient.
+constexpr double kNear = 4096.0;
 // Height of the components that pad M to a compiled size: their responsibility is 0.
 constexpr double kNoComponent = -1e30;
 constexpr double kLog2E = 1.4426950408889634;
@@ -46,23 +50,24 @@ struct Math;
 // ---------------------------------------------------------------------------------------------------------------------
 // E-step (eqs 8-9)
 //
-// log2 of pi_m N(x; mu_m, v_m), v = sigma^2 + eps, is k_m - h_m (x - mu_m)^2 with h = log2(e) / (2 v) and
-// k = log2(pi) - log2(v) / 2. Relative to the component of largest variance, which is stored first, it is again
-// `curvature (x - centre)^2 + height`, with curvature <= 0: bounded above by its height. Where all heights are small,
-// M - 1 exponentials and no search for a maximum give the responsibilities ("bounded"); elsewhere (equal variances,
-// hence a line and no bound, or well separated components) each of the M log-densities is kept and the maximum
-// subtracted.
+// log2 of pi_m N(x; mu_m, v_m), v = sigma^2 + eps, is peak - precision (x - mu_m)^2 with precision = log2(e) / (2 v)
+// and peak = log2(pi_m / sqrt(v)), in other words peak - t^2 with t a line in x. Relative to the component of largest
+// variance, which is stored first, it is again height - t^2: bounded above by its height. Where all heights are small,
+// M - 1 exponentials and no search for a maximum give the responsibilities ("bounded"); elsewhere (variances as good as
+// equal but other means, hence a line and no bound, or well separated components) each of the M log-densities is kept
+// and the maximum subtracted. The square is completed here, in double: expanded, it would lose the digits of narrow
+// components far from the origin.
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Structs of coefficients and of sums are rows of M: row(i) is the i-th.
 template <class T, int M>
 struct LogOdds {
   static constexpr int kRows = 3;
-  T curvature[M];
-  T centre[M];  // relative to the origin of z
+  T slope[M];   // of t in z = x - origin
+  T offset[M];  // of t
   T height[M];
   CBN_METHOD T* row(int i) {
-    T* const rows[] = {curvature, centre, height};
+    T* const rows[] = {slope, offset, height};
     return rows[i];
   }
 };
@@ -77,27 +82,38 @@ struct LogDensity {
   double mean;
 };
 
-CBN_INLINE double log_prior(double prior) { return kLog2E * std::log(prior > kPriorFloor ? prior : kPriorFloor); }
+CBN_INLINE double at_least(double x, double least) { return x > least ? x : least; }
+
+CBN_INLINE double log_prior(double prior) { return kLog2E * std::log(at_least(prior, kPriorFloor)); }
 
 CBN_INLINE LogDensity log_density(double prior, double mean, double var, double eps) {
   const double v = var + eps;
-  return {kLog2E / (2 * v), log_prior(prior) - kLog2E * 0.5 * std::log(v), mean};
+  return {kLog2E / (2 * v), kLog2E * std::log(at_least(prior, kPriorFloor) / std::sqrt(v)), mean};
 }
 
-// One component's `curvature (z - centre)^2 + height` for points z = x - origin.
+// One component's `height - (slope z + offset)^2` for points z = x - origin.
 using Parabola = LogOdds<double, 1>;
 
 CBN_INLINE Parabola parabola(const LogDensity& component, double origin) {
-  return {-component.precision, component.mean - origin, component.peak};
+  const double slope = std::sqrt(component.precision);
+  return {slope, slope * (origin - component.mean), component.peak};
 }
 
-// A component's odds against the widest one; returns whether they are bounded.
-CBN_INLINE bool odds_parabola(const LogDensity& component, const LogDensity& widest, double origin, Parabola& odds) {
-  const double u = component.mean - widest.mean, excess = component.precision - widest.precision;
-  const bool curved = excess > 0;
-  odds = {-excess, curved ? widest.mean - origin + component.precision * u / excess : 0,
-          component.peak - widest.peak + (curved ? u * u * component.precision * widest.precision / excess : 0)};
-  return (curved || u == 0) && *odds.height <= kBoundedOdds;
+// A component's odds against the widest one. Variances that are equal differ by a little: the line that is left where
+// the means differ too has no bound.
+CBN_INLINE Parabola odds_parabola(const LogDensity& component, const LogDensity& widest, double origin) {
+  const double excess = at_least(component.precision - widest.precision, kLeastExcess * widest.precision);
+  const double u = component.mean - widest.mean, shift = component.precision * u / excess, slope = std::sqrt(excess);
+  return {slope, slope * (origin - widest.mean - shift), component.peak - widest.peak + u * shift * widest.precision};
+}
+
+CBN_INLINE bool is_bounded(const Parabola& odds) { return *odds.height <= kBoundedOdds; }
+
+// Whether the odds' centre is near the widest component, in the latter's standard deviations: what is then relative to
+// the centre keeps its digits (ExpandedGradient).
+CBN_INLINE bool is_near(const Parabola& odds, const LogDensity& widest, double origin) {
+  const double distance = *odds.offset / *odds.slope + (widest.mean - origin);
+  return distance * distance * widest.precision <= kNear * kNear * (kLog2E / 2);
 }
 
 // p_m = pi_m N_m / sum_k pi_k N_k (eq 8), as e_m times the factor returned.
@@ -107,8 +123,8 @@ CBN_INLINE T responsibilities(const LogOdds<T, M>& odds, T z, T (&e)[M]) {
   constexpr int kFirst = kBounded ? 1 : 0;
   CBN_UNROLL
   for (int m = kFirst; m < M; ++m) {
-    const T t = z - odds.centre[m];
-    e[m] = odds.curvature[m] * t * t + odds.height[m];
+    const T t = odds.slope[m] * z + odds.offset[m];
+    e[m] = odds.height[m] - t * t;
   }
   if constexpr (kBounded) {
     e[0] = Math<T>::splat(1);
@@ -180,12 +196,13 @@ CBN_INLINE int64_t sampled_point(int k, int64_t points) {
   return point < points ? point : points - 1;
 }
 
-CBN_INLINE double median(double (&values)[kOriginSamples]) {
+template <class T>
+CBN_INLINE T median(T (&values)[kOriginSamples]) {
   CBN_UNROLL
-  for (int end = kOriginSamples - 1; end > 0; --end) {
+  for (int end = kOriginSamples - 1; end >= kOriginSamples / 2; --end) {
     CBN_UNROLL
     for (int i = 0; i < end; ++i) {
-      const double a = values[i], b = values[i + 1];
+      const T a = values[i], b = values[i + 1];
       values[i] = b < a ? b : a;
       values[i + 1] = b < a ? a : b;
     }
@@ -355,25 +372,153 @@ CBN_INLINE T direct_gradient(const InputGradient<T, M>& in, const T (&p)[M], T z
   return direct;
 }
 
-// Cov_p(l', f)
-template <bool kBounded, class T, int M>
-CBN_INLINE T covariance(const LogOdds<T, M>& odds, const T (&p)[M], T z, const T (&f)[M]) {
+// Cov_p(l', f), of log-densities
+template <class T, int M>
+CBN_INLINE T covariance(const LogOdds<T, M>& densities, const T (&p)[M], T z, const T (&f)[M]) {
   T mean = p[0] * f[0], sum = Math<T>::splat(0);
   CBN_UNROLL
   for (int m = 1; m < M; ++m) mean = mean + p[m] * f[m];
   CBN_UNROLL
-  for (int m = kBounded ? 1 : 0; m < M; ++m)
-    sum = sum + p[m] * (odds.curvature[m] * (z - odds.centre[m])) * (f[m] - mean);
-  return sum * Math<T>::splat(2 * kLn2);
+  for (int m = 0; m < M; ++m)
+    sum = sum + p[m] * densities.slope[m] * (densities.slope[m] * z + densities.offset[m]) * (f[m] - mean);
+  return sum * Math<T>::splat(-2 * kLn2);
 }
 
-// Joint mode: sum_m q_m l'_m, with the gradient of the log-odds q_m = p_m (F_m - sum_k p_k F_k).
+// sum p f' where p is a constant:  f' = g scale + slope z + constant
 template <class T, int M>
-CBN_INLINE T joint_covariance(const LogOdds<T, M>& densities, const T (&q)[M], T z) {
-  T sum = Math<T>::splat(0);
+struct DirectGradient {
+  static constexpr int kRows = 4;
+  Branches<T, M> branches;  // of the output
+  T slope[M];               // 2 dL/dvar / n
+  T constant[M];            // (dL/dmu - 2 dL/dvar (mu - origin)) / n
+  CBN_METHOD T* row(int i) { return i < 2 ? branches.row(i) : i == 2 ? slope : constant; }
+};
+
+CBN_INLINE DirectGradient<double, 1> direct_gradient(const InputGradient<double, 1>& of) {
+  const double slope = 2 * *of.quadratic;
+  return {{*of.scale, *of.bias - *of.scale * *of.centre}, slope, *of.linear - slope * *of.centre};
+}
+
+// To be multiplied by the factor of e.
+template <class T, int M>
+CBN_INLINE T direct_gradient(const DirectGradient<T, M>& in, const T (&e)[M], T z, T g) {
+  T scale = e[0] * in.branches.scale[0], slope = e[0] * in.slope[0], constant = e[0] * in.constant[0];
   CBN_UNROLL
-  for (int m = 0; m < M; ++m) sum = sum + q[m] * (densities.curvature[m] * (z - densities.centre[m]));
-  return sum * Math<T>::splat(2 * kLn2);
+  for (int m = 1; m < M; ++m) {
+    scale = scale + e[m] * in.branches.scale[m];
+    slope = slope + e[m] * in.slope[m];
+    constant = constant + e[m] * in.constant[m];
+  }
+  return slope * z + (scale * g + constant);
+}
+
+// The whole gradient where the odds are bounded. Nothing changes when f_0 is taken off all f_m, and l'_0 = 0: the
+// widest component costs no more than its f'_0. What is left, f_m - f_0 and its derivative, are polynomials in the
+// component's own t, so that nothing is lost far from the origin; e_m carries a factor slope_m, which l'_m = -2 ln2
+// slope_m t_m and the derivatives want, from the height. The widest component's rows are its own, the others'
+// differences from it.
+template <class T, int M>
+struct ExpandedGradient {
+  static constexpr int kRows = 9;
+  LogOdds<T, M> odds;       // heights + log2 slope;                widest: none
+  Branches<T, M> branches;  // of the output, as lines in t;        widest: in z
+  T slope[M];               // of f' / slope in t, beside g's part; widest: 2 dL/dvar / n
+  T constant[M];            // likewise;                            widest: (dL/dmu - 2 dL/dvar (mu - origin)) / n
+  T value[M];               // of f at the odds' centre, g = 0;     widest: none
+  T width[M];               // 1 / slope of the odds;               widest: none
+  CBN_METHOD T* row(int i) {
+    T* const rows[] = {slope, constant, value, width};
+    return i < 3 ? odds.row(i) : i < 5 ? branches.row(i - 3) : rows[i - 5];
+  }
+};
+
+CBN_INLINE ExpandedGradient<double, 1> expanded_gradient(const InputGradient<double, 1>& widest) {
+  const DirectGradient<double, 1> direct = direct_gradient(widest);
+  return {{0, 0, 0}, direct.branches, *direct.slope, *direct.constant, 0, 0};
+}
+
+// Of another component, by its odds against the widest.
+CBN_INLINE ExpandedGradient<double, 1> expanded_gradient(const InputGradient<double, 1>& of,
+                                                         const InputGradient<double, 1>& widest, const Parabola& odds) {
+  const double width = 1 / *odds.slope, centre = -*odds.offset * width;
+  const double d = centre - *of.centre, e = centre - *widest.centre;
+  const auto value = [](const InputGradient<double, 1>& in, double at) {
+    return (*in.linear + *in.quadratic * at) * at + *in.constant;
+  };
+  return {{*odds.slope, *odds.offset, *odds.height + kLog2E * std::log(*odds.slope)},
+          {(*of.scale - *widest.scale) * width, *of.scale * d + *of.bias - (*widest.scale * e + *widest.bias)},
+          (*of.quadratic - *widest.quadratic) * width * width,
+          (*of.linear + 2 * *of.quadratic * d - (*widest.linear + 2 * *widest.quadratic * e)) * width,
+          value(of, d) - value(widest, e),
+          width};
+}
+
+// A point's weights in these terms: e_m slope_m and t_m of all but the widest component, and the sum of all e.
+template <class T, int M>
+struct ExpandedWeights {
+  T e[M], t[M];
+  T sum;
+
+  CBN_METHOD ExpandedWeights(const ExpandedGradient<T, M>& in, T z) : sum(Math<T>::splat(1)) {
+    CBN_UNROLL
+    for (int m = 1; m < M; ++m) {
+      t[m] = in.odds.slope[m] * z + in.odds.offset[m];
+      e[m] = Math<T>::exp2(in.odds.height[m] - t[m] * t[m]);
+      sum = sum + e[m] * in.width[m];
+    }
+  }
+
+  // The output times the sum.
+  CBN_METHOD T combine(const ExpandedGradient<T, M>& in, T z) const {
+    T y = sum * (in.branches.scale[0] * z + in.branches.offset[0]);
+    CBN_UNROLL
+    for (int m = 1; m < M; ++m) y = y + e[m] * in.width[m] * (in.branches.scale[m] * t[m] + in.branches.offset[m]);
+    return y;
+  }
+
+  CBN_METHOD T gradient(const ExpandedGradient<T, M>& in, T z, T g) const {
+    // sums of e (f'_m - f'_0), of e (f_m - f_0), and of e t without and with it
+    T direct = Math<T>::splat(0), worth = direct, score = direct, product = direct;
+    CBN_UNROLL
+    for (int m = 1; m < M; ++m) {
+      const T u = g * in.branches.scale[m] + (in.slope[m] * t[m] + in.constant[m]);
+      const T f = u * t[m] + (g * in.branches.offset[m] + in.value[m]);
+      const T weighted = e[m] * f;
+      direct = direct + e[m] * (in.slope[m] * t[m] + u);
+      worth = worth + weighted * in.width[m];
+      product = product + weighted * t[m];
+      score = score + e[m] * t[m];
+    }
+    const T factor = Math<T>::reciprocal(sum);
+    const T covariance = product - worth * factor * score;
+    return in.slope[0] * z + (g * in.branches.scale[0] + in.constant[0]) +
+           (direct - covariance * Math<T>::splat(2 * kLn2)) * factor;
+  }
+};
+
+// Joint mode: sum_m q_m l'_m, with the gradient of the log-odds q_m = p_m (F_m - sum_k p_k F_k), and l'_m a line in z.
+template <class T, int M>
+struct Scores {
+  static constexpr int kRows = 2;
+  T slope[M];
+  T offset[M];
+  CBN_METHOD T* row(int i) { return i == 0 ? slope : offset; }
+};
+
+CBN_INLINE Scores<double, 1> scores(const LogDensity& component, double origin) {
+  const double slope = -2 * kLn2 * component.precision;
+  return {slope, slope * (origin - component.mean)};
+}
+
+template <class T, int M>
+CBN_INLINE T joint_covariance(const Scores<T, M>& in, const T (&q)[M], T z) {
+  T slope = q[0] * in.slope[0], offset = q[0] * in.offset[0];
+  CBN_UNROLL
+  for (int m = 1; m < M; ++m) {
+    slope = slope + q[m] * in.slope[m];
+    offset = offset + q[m] * in.offset[m];
+  }
+  return slope * z + offset;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

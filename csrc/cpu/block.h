@@ -106,14 +106,15 @@ struct Block {
   }
 };
 
-// The gradient that the ReLU lets pass: by the mask, or, where there was no residual, by the sign of the output again,
-// for which the weights need no factor.
-template <bool kFused, class E, class Coefficients, class V, int M>
-CBN_INLINE V passed_gradient(const Work& work, const Coefficients& in, const V (&e)[M], V z, const Place& place) {
+// The gradient that the ReLU lets pass: by the mask, or, where there was no residual, by the sign of output(), the
+// output again but for a positive factor.
+template <bool kFused, class E, class Output>
+CBN_INLINE Vec<typename E::Scalar> passed_gradient(const Work& work, const Place& place, Output output) {
+  using V = Vec<typename E::Scalar>;
   const V g = load<E>(static_cast<const typename E::Memory*>(work.grad) + place.offset, place.count);
   if (!kFused || !work.relu) return g;
   if (work.mask) return Math<V>::where_set(get_bits(work.mask, place.offset, place.count), g);
-  return combine(in, e, z) <= 0 ? V{} : g;
+  return output() <= 0 ? V{} : g;
 }
 
 }  // namespace

@@ -156,7 +156,7 @@ void differentiate_weights(const Work& work, int64_t begin, int64_t end) {
             p[m] = work.channels_last ? V{} + *from : load<Statistic<S>>(from, place.count);
           }
         }
-        const V g = passed_gradient<true, E>(work, rows, p, z, place);
+        const V g = passed_gradient<true, E>(work, place, [&] { return combine(rows, p, z); });
         direct_gradient(rows, p, z, g, f);
         CBN_UNROLL
         for (int m = 0; m < M; ++m) sums[m] = sums[m] + f[m];

@@ -16,29 +16,47 @@ template <class Posterior>
 struct Coefficients {
   using E = typename Posterior::E;
   using V = typename Posterior::V;
+  static constexpr int M = Posterior::kWeights;
 
-  Branches<V, Posterior::kWeights> branches[Posterior::kMixtures];        // where an output or its sign is computed
-  InputGradient<V, Posterior::kWeights> gradients[Posterior::kMixtures];  // in Pass::kInputGradient
+  Branches<V, M> branches[Posterior::kMixtures];      // where an output or its sign is computed by itself
+  DirectGradient<V, M> direct[Posterior::kMixtures];  // in Pass::kInputGradient, one of these three
+  ExpandedGradient<V, M> expanded;
+  InputGradient<V, M> whole;
 
   // Not inlined: this runs once per task.
   __attribute__((noinline)) Coefficients(const Block<E>& block, const Posterior& posterior) {
     const Work& work = block.work;
-    const bool output = block.pass == Pass::kNormalise || (work.relu && work.mask == nullptr);
-    const bool gradient = block.pass == Pass::kInputGradient;
     for (int i = 0; i < posterior.mixtures(); ++i) {
-      if (output) branches[i] = {};
-      if (gradient) gradients[i] = {};
-      for (int k = 0; k < posterior.weights(); ++k) {
-        for (int j = 0; j < block.channels; ++j) {
-          const auto component = block.component(posterior.component(i, k, j), j);
-          const Statistics used = component.used();
-          const double origin = static_cast<double>(posterior.origin[i][j]);
-          if (output) block.put(branches[i], k, j, component.branch(used, origin));
-          if (gradient)
-            block.put(gradients[i], k, j,
-                      component.input_gradient(used, origin, component.read(work.grad_weight, 0),
-                                               component.read(work.grad_bias, 0)));
-        }
+      const auto gradient = [&](int k, int j) {
+        const auto component = block.component(posterior.component(i, k, j), j);
+        return component.input_gradient(component.used(), static_cast<double>(posterior.origin[i][j]),
+                                        component.read(work.grad_weight, 0), component.read(work.grad_bias, 0));
+      };
+      const auto fill = [&](auto& rows, auto make) {
+        rows = {};
+        for (int k = 0; k < posterior.weights(); ++k)
+          for (int j = 0; j < block.channels; ++j) block.put(rows, k, j, make(k, j));
+      };
+      const bool output = block.pass == Pass::kNormalise || (work.relu && work.mask == nullptr);
+      if (block.pass != Pass::kInputGradient) {
+        if (output)
+          fill(branches[i], [&](int k, int j) {
+            const auto component = block.component(posterior.component(i, k, j), j);
+            return component.branch(component.used(), static_cast<double>(posterior.origin[i][j]));
+          });
+      } else if (Posterior::kConstant || Posterior::kGiven || work.detach_responsibility) {
+        fill(direct[i], [&](int k, int j) { return direct_gradient(gradient(k, j)); });
+      } else if constexpr (!Posterior::kConstant && !Posterior::kGiven) {
+        if (!posterior.bounded)
+          fill(whole, gradient);
+        else
+          fill(expanded, [&](int k, int j) {
+            if (k == 0) return expanded_gradient(gradient(0, j));
+            const LogDensity widest = posterior.density(block, 0, j);
+            const double origin = static_cast<double>(posterior.origin[0][j]);
+            return expanded_gradient(gradient(k, j), gradient(0, j),
+                                     odds_parabola(posterior.density(block, k, j), widest, origin));
+          });
       }
     }
   }
@@ -142,8 +160,8 @@ void gradient_sums(const Work& work, int64_t index, int64_t begin, int64_t end, 
                        [&](auto& current, int mixture, const auto& e, V factor, V z, const Place& place)
                            __attribute__((always_inline)) {
                              // The gradient is 0 beyond `count`, and so is what is added there.
-                             accumulate(current, e, factor, z,
-                                        passed_gradient<kFused, E>(work, coefficients.branches[mixture], e, z, place));
+                             const auto output = [&] { return combine(coefficients.branches[mixture], e, z); };
+                             accumulate(current, e, factor, z, passed_gradient<kFused, E>(work, place, output));
                            });
 }
 
@@ -186,22 +204,46 @@ void input_gradient(const Work& work, int64_t index, int64_t begin, int64_t end)
   const bool detach = work.detach_responsibility;
   posterior.visit(begin, end, [&](const auto& weigh, int mixture, int64_t first, int64_t last) {
     const V origin = posterior.origin[mixture];
-    const auto& branches = coefficients.branches[mixture];
-    const auto& gradients = coefficients.gradients[mixture];
-    block.for_each_vector(first, last, [&](const Place& place) __attribute__((always_inline)) {
-      const V z = load<E>(block.x() + place.offset, place.count) - origin;
-      V p[Posterior::kWeights], f[Posterior::kWeights];
-      const V factor = weigh(z, place, p);
-      CBN_UNROLL
-      for (V& weight : p) weight = weight * factor;
-      const V g = passed_gradient<kFused, E>(work, branches, p, z, place);
-      if (kFused && grad_residual) store<E>(grad_residual + place.offset, place.count, g);
-      V dx = direct_gradient(gradients, p, z, g, f);
-      if constexpr (!Posterior::kConstant) {
-        if (!detach) dx = dx + weigh.covariance(p, z, f, place);
-      }
-      store<E>(block.out() + place.offset, place.count, dx);
-    });
+    // differentiate(z, place, gated) gives the gradient; gated(output) that of the output.
+    const auto map = [&](auto differentiate) __attribute__((always_inline)) {
+      block.for_each_vector(first, last, [&](const Place& place) __attribute__((always_inline)) {
+        const auto gated = [&](auto output) __attribute__((always_inline)) {
+          const V g = passed_gradient<kFused, E>(work, place, output);
+          if (kFused && grad_residual) store<E>(grad_residual + place.offset, place.count, g);
+          return g;
+        };
+        const V z = load<E>(block.x() + place.offset, place.count) - origin;
+        store<E>(block.out() + place.offset, place.count, differentiate(z, place, gated));
+      });
+    };
+    if (Posterior::kConstant || Posterior::kGiven || detach) {
+      const auto& in = coefficients.direct[mixture];
+      map([&](V z, const Place& place, auto gated) __attribute__((always_inline)) {
+        V e[Posterior::kWeights];
+        const V factor = weigh(z, place, e);
+        const V g = gated([&] { return combine(in.branches, e, z); });
+        V dx = direct_gradient(in, e, z, g) * factor;
+        if constexpr (Posterior::kGiven) {
+          if (!detach) dx = dx + weigh.covariance(z, place);
+        }
+        return dx;
+      });
+    } else if constexpr (!Posterior::kConstant && !Posterior::kGiven) {
+      if constexpr (std::decay_t<decltype(weigh)>::kIsBounded)
+        map([&, &in = coefficients.expanded](V z, const Place&, auto gated) __attribute__((always_inline)) {
+          const ExpandedWeights<V, Posterior::kWeights> weights(in, z);
+          return weights.gradient(in, z, gated([&] { return weights.combine(in, z); }));
+        });
+      else
+        map([&, &in = coefficients.whole](V z, const Place& place, auto gated) __attribute__((always_inline)) {
+          V p[Posterior::kWeights], f[Posterior::kWeights];
+          const V factor = weigh(z, place, p);
+          CBN_UNROLL
+          for (V& weight : p) weight = weight * factor;
+          const V g = gated([&] { return combine(in, p, z); });
+          return direct_gradient(in, p, z, g, f) + weigh.covariance(p, z, f);
+        });
+    }
   });
 }
 

@@ -8,7 +8,10 @@
 //   visit(begin, end, f)         f(weigh, mixture, first, last) for parts [first, last) of the images [begin, end)
 // where
 //   weigh(z, place, e)           gives the weights as e times the factor that it returns
-//   weigh.covariance(p, z, f, place)  is what the weights' own derivative adds to the gradient; absent where kConstant
+// The input's gradient has a part of the weights' own but where kConstant. Weights that are read bring it along,
+// weigh.covariance(z, place); where the channel weighs, it is
+//   kIsBounded                   ExpandedGradient's
+//   else                         weigh.covariance(p, z, f)
 #pragma once
 
 #include "block.h"
@@ -24,7 +27,8 @@ class ChannelPosterior {
   using E = Elements;
   using V = Vec<typename E::Scalar>;
   static constexpr int kMixtures = 1, kWeights = M;
-  static constexpr bool kConstant = M == 1;
+  static constexpr bool kConstant = M == 1, kGiven = false;
+  static constexpr bool kGeneralOnly = std::is_same_v<E, Double>;  // which is for checks: no faster form is compiled
 
   V origin[1] = {};
 
@@ -44,23 +48,28 @@ class ChannelPosterior {
   template <class F>
   CBN_METHOD void visit(int64_t begin, int64_t end, F f) const {
     if constexpr (M > 1) {
-      if (!bounded) return f(Weigh<false>{odds}, 0, begin, end);
+      if (kGeneralOnly || !bounded) return f(Weigh<false>{odds}, 0, begin, end);
     }
-    f(Weigh<true>{odds}, 0, begin, end);
+    if constexpr (M == 1 || !kGeneralOnly) f(Weigh<true>{odds}, 0, begin, end);
+  }
+
+  // Whether all odds are bounded, in Pass::kInputGradient also near the widest component.
+  bool bounded = !kGeneralOnly;
+
+  LogDensity density(const Block<E>& block, int k, int j) const {
+    return block.component(component(0, k, j), j).density();
   }
 
  private:
   template <bool kBounded>
   struct Weigh {
+    static constexpr bool kIsBounded = kBounded;
     const LogOdds<V, M>& odds;
     CBN_METHOD V operator()(V z, const Place&, V (&e)[M]) const { return responsibilities<kBounded>(odds, z, e); }
-    CBN_METHOD V covariance(const V (&p)[M], V z, const V (&f)[M], const Place&) const {
-      return cbn::covariance<kBounded>(odds, p, z, f);
-    }
+    CBN_METHOD V covariance(const V (&p)[M], V z, const V (&f)[M]) const { return cbn::covariance(odds, p, z, f); }
   };
 
   const int components;
-  bool bounded = true;
   int widest[Block<E>::kLanes] = {};  // of each channel
   LogOdds<V, M> odds{};
 
@@ -70,16 +79,15 @@ class ChannelPosterior {
     for (int m = 1; m < components; ++m)
       if (var(m) > var(widest[j])) widest[j] = m;
     const double at = static_cast<double>(origin[0][j]);
-    const LogDensity first = block.component(widest[j], j).density();
+    const LogDensity first = density(block, 0, j);
     bool all_bounded = true;
     for (int k = 0; k < M; ++k) {
       Parabola of{{0}, {0}, {kNoComponent}};  // of those that pad the components to M
-      if (k < components) {
-        const LogDensity density = k == 0 ? first : block.component(component(0, k, j), j).density();
-        if (!bounded)
-          of = parabola(density, at);
-        else if (k > 0)
-          all_bounded &= odds_parabola(density, first, at, of);
+      if (k < components && !bounded) {
+        of = parabola(k == 0 ? first : density(block, k, j), at);
+      } else if (k > 0 && k < components) {
+        of = odds_parabola(density(block, k, j), first, at);
+        all_bounded &= is_bounded(of) && (block.pass != Pass::kInputGradient || is_near(of, first, at));
       }
       block.put(odds, k, j, of);
     }
@@ -94,7 +102,7 @@ class GivenPosterior {
   using E = Elements;
   using V = Vec<typename E::Scalar>;
   static constexpr int kMixtures = 1, kWeights = M;
-  static constexpr bool kConstant = false;
+  static constexpr bool kConstant = false, kGiven = true;
 
   V origin[1] = {};
 
@@ -111,7 +119,7 @@ class GivenPosterior {
       block.put(origin[0], j, block.origin(j));
       const double at = static_cast<double>(origin[0][j]);
       for (int m = 0; m < components && block.pass == Pass::kInputGradient; ++m)
-        block.put(densities, m, j, parabola(block.component(m, j).density(1), at));
+        block.put(scores_of, m, j, scores(block.component(m, j).density(1), at));
     }
   }
 
@@ -129,11 +137,11 @@ class GivenPosterior {
     for (int m = 0; m < M; ++m) e[m] = at(weights_of[m], place);
     return Math<V>::splat(1);
   }
-  CBN_METHOD V covariance(const V (&)[M], V z, const V (&)[M], const Place& place) const {
+  CBN_METHOD V covariance(V z, const Place& place) const {
     V q[M];
     CBN_UNROLL
     for (int m = 0; m < M; ++m) q[m] = at(gradient_of[m], place);
-    return joint_covariance(densities, q, z);
+    return joint_covariance(scores_of, q, z);
   }
 
  private:
@@ -142,7 +150,7 @@ class GivenPosterior {
   const bool channels_last;
   const S* weights_of[M];   // [N S] each
   const S* gradient_of[M];  // likewise
-  LogOdds<V, M> densities{};
+  Scores<V, M> scores_of{};
 
   // Numbers of a vector's points; in channels_last of its one point.
   CBN_METHOD V at(const S* row, const Place& place) const {
@@ -158,7 +166,7 @@ class GroupPosterior {
   using E = Elements;
   using V = Vec<typename E::Scalar>;
   static constexpr int kMixtures = kMaxComponents, kWeights = 1;
-  static constexpr bool kConstant = true;
+  static constexpr bool kConstant = true, kGiven = false;
 
   V origin[kMixtures];
 

@@ -6,10 +6,17 @@
 
 namespace cbn {
 
+// What the element loops do beside the plain pass: nothing; a ReLU whose sign the backward pass computes again; the
+// residual's sum and a ReLU with a mask of whole bytes; or else whatever the problem asks for, found out at every
+// chunk.
+enum class Fused { kNothing, kRelu, kSum, kAny };
+
 // M is the number of components; kernels are compiled for 1, 2, 4, 8 and 16 of them and pad what is between. P, points
 // of a channel, is N S; N and S are below 2^32.
 struct Arguments : Problem {
-  int piece;  // elements, V or a power of two below, that always lie together and aligned
+  int piece;              // elements, V or a power of two below, that always lie together and aligned
+  bool chunks_are_whole;  // the elements of each chunk lie together, aligned, and exist or not together
+  Fused fused;
   // The plan of launch.h.
   int columns;
   int64_t channel_blocks;
@@ -35,21 +42,28 @@ constexpr int kTableThreads = 256;
 // The kernels of one element type, layout, number of components and posterior.
 struct Kernels {
   using Kernel = void (*)(Arguments);
+  // Where chunks are whole, and where not.
+  struct Pass {
+    Kernel whole, any;
+  };
   struct Direction {
-    Kernel reduce;
-    Kernel map;
+    Pass reduce, map;
     Kernel both;  // resident
   };
-  int vector;        // V
-  int components;    // as compiled
-  int most_threads;  // of a block
-  Direction forward, backward;
+  int vector;                             // V
+  int components;                         // as compiled
+  int most_threads;                       // of a block
+  Direction forward, backward, detached;  // detached: backward where the responsibilities are constants
 
   // Joint mode's, whose maps have all channels of a point too; null in the other modes.
   struct Points {
-    Kernel sum_components, lay_out_weights, weigh;
-    Kernel lay_out_forward, lay_out_backward;                  // for the maps
-    int64_t bytes_for_weights, bytes_forward, bytes_backward;  // of a channel in the tables
+    struct Table {
+      Kernel lay_out;
+      int64_t bytes;  // of a channel
+    };
+    Kernel sum_components, weigh;
+    Table weights, their_gradient;  // for sums over the channels
+    Table forward, backward;        // for the maps
     PointLimits limits;
     unsigned shared;  // bytes, without moments
   };

@@ -69,15 +69,26 @@ struct Work {
     return static_cast<int>(piece);
   }
 
-  void launch_pass(Kernels::Kernel kernel, const Plan& plan) {
+  Fused fused() const {
+    const Arguments& a = arguments;
+    if (!a.relu) return a.residual ? Fused::kAny : Fused::kNothing;
+    if (a.mask) return a.mask_is_aligned ? Fused::kSum : Fused::kAny;
+    return a.residual ? Fused::kAny : Fused::kRelu;
+  }
+
+  void launch_pass(Kernels::Pass kernels_of_pass, const Plan& plan) {
     Arguments& a = arguments;
+    a.fused = fused();
     a.piece = piece();
+    // Those loops count elements in 32 bits.
+    a.chunks_are_whole = a.piece == kernels.vector && a.points() * a.channels <= UINT32_MAX &&
+                         (!a.channels_last || a.channels % plan.channels_of_block == 0);
     a.columns = plan.columns;
     a.channel_blocks = plan.channel_blocks;
     a.splits = plan.splits;
     a.points_of_split = plan.points_of_split;
     a.slots = plan.slots;
-    launch(kernel, plan.launch(), stream, arguments);
+    launch(a.chunks_are_whole ? kernels_of_pass.whole : kernels_of_pass.any, plan.launch(), stream, arguments);
   }
 
   template <bool kForward>
@@ -101,12 +112,12 @@ struct Work {
 
   // The streaming reduction; the residual is for the map.
   template <bool kForward>
-  void reduce(Kernels::Kernel kernel, const Tensor& x) {
+  void reduce(Kernels::Pass pass, const Tensor& x) {
     Extent reduced = extent;
     if (kForward) reduced.tensors = 1;
     const Plan plan = plan_reduction(reduced, device, chosen);
     const Tensor sums = make_partials(x, plan.splits, kForward ? kMomentRows : kGradientRows);
-    launch_pass(kernel, plan);
+    launch_pass(pass, plan);
     finish<kForward>();
   }
 
@@ -117,22 +128,22 @@ struct Work {
     return plan_resident(extent, device, chosen);
   }
 
-  // Lays out the tables of a pass of joint mode over all channels of each point, which weighs them, or maps, or both.
-  Tensor lay_out_points(const Tensor& x, bool weighs, Kernels::Kernel for_map, int64_t bytes_for_map) {
+  // Lays out the tables of a pass of joint mode over all channels of each point, for sums over them or a map or both.
+  using Table = Kernels::Points::Table;
+  Tensor lay_out_points(const Tensor& x, bool weighs, Table for_sums, Table for_map) {
     Arguments& a = arguments;
-    const Kernels::Points& points = kernels.points;
     const int64_t heights = 2 * kernels.components * static_cast<int64_t>(sizeof(double));
-    const int64_t for_weights = weighs ? a.channels * points.bytes_for_weights : 0;
-    const Tensor workspace = empty(x, {heights + for_weights + a.channels * bytes_for_map}, ScalarType::Byte);
+    const int64_t sums = a.channels * for_sums.bytes;
+    const Tensor workspace = empty(x, {heights + sums + a.channels * for_map.bytes}, ScalarType::Byte);
     char* const memory = static_cast<char*>(workspace.mutable_data_ptr());
     a.weighs = weighs;
     a.heights = reinterpret_cast<double*>(memory);
     a.sums_table = memory + heights;
-    a.map_table = memory + heights + for_weights;
+    a.map_table = memory + heights + sums;
     const Launch shape{kernels.components, kTableThreads, 1, 2 * kTableThreads * sizeof(double)};
-    if (weighs) launch(points.sum_components, shape, stream, a);
-    if (weighs) launch(points.lay_out_weights, shape, stream, a);
-    if (for_map) launch(for_map, shape, stream, a);
+    if (weighs) launch(kernels.points.sum_components, shape, stream, a);
+    if (for_sums.lay_out) launch(for_sums.lay_out, shape, stream, a);
+    if (for_map.lay_out) launch(for_map.lay_out, shape, stream, a);
     return workspace;
   }
 
@@ -150,12 +161,12 @@ struct Work {
     weighed.tensors = 1;
     const int64_t splits = splits_of_moments(weighed, points.limits, device, chosen);
     if (splits == 0) {
-      const Tensor tables = lay_out_points(x, true, nullptr, 0);
+      const Tensor tables = lay_out_points(x, true, points.weights, {});
       launch_points(points.weigh, weighed, 0, points.shared);
       return reduce<true>(kernels.forward.reduce, x);
     }
     const Tensor sums = make_partials(x, splits, kMomentRows);
-    const Tensor tables = lay_out_points(x, true, nullptr, 0);
+    const Tensor tables = lay_out_points(x, true, points.weights, {});
     launch_points(points.weigh, weighed, splits, points.limits.shared);
     finish<true>();
   }
@@ -166,16 +177,18 @@ struct Work {
     if (passes != Passes::kMap) kForward ? weigh_and_reduce(x) : reduce<false>(kernels.backward.reduce, x);
     if (passes == Passes::kReduce) return;
     const bool weighs = kForward && arguments.weighs && passes == Passes::kMap;
-    const Tensor tables = kForward ? lay_out_points(x, weighs, points.lay_out_forward, points.bytes_forward)
-                                   : lay_out_points(x, false, points.lay_out_backward, points.bytes_backward);
-    launch_points(kForward ? kernels.forward.map : kernels.backward.map, extent, 0, points.shared);
+    const Table none{}, gradient = arguments.detach_responsibility ? none : points.their_gradient;
+    const Tensor tables = kForward ? lay_out_points(x, weighs, weighs ? points.weights : none, points.forward)
+                                   : lay_out_points(x, false, gradient, points.backward);
+    launch_points(kForward ? kernels.forward.map.any : kernels.backward.map.any, extent, 0, points.shared);
   }
 
   template <bool kForward>
   void run(const Kernels::Direction& direction, Passes passes, const Tensor& x) {
     if (arguments.has_posterior()) return run_joint<kForward>(passes, x);
     if (passes == Passes::kBoth)
-      if (const std::optional<Plan> plan = resident_plan(direction.both)) return launch_pass(direction.both, *plan);
+      if (const std::optional<Plan> plan = resident_plan(direction.both))
+        return launch_pass({direction.both, direction.both}, *plan);
     if (passes != Passes::kMap) reduce<kForward>(direction.reduce, x);
     if (passes != Passes::kReduce) launch_pass(direction.map, plan_map(extent, device, chosen));
   }
@@ -197,7 +210,9 @@ struct Cuda {
 
   static void backward(const Problem& p, Passes passes, const Tensor& x) {
     Work work(p, x);
-    if (p.points() > 0) return work.run<false>(work.kernels.backward, passes, x);
+    const Kernels& kernels = work.kernels;
+    if (p.points() > 0)
+      return work.run<false>(p.detach_responsibility ? kernels.detached : kernels.backward, passes, x);
     if (passes != Passes::kMap) work.finish<false>();
   }
 

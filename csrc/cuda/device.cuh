@@ -86,29 +86,32 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// The same for one of two numbers, without a branch.
-template <int kFew, int kMany>
-__device__ __forceinline__ void wait_for_copies(bool many) {
-  asm volatile(
-      "{\n"
-      "  .reg .pred many;\n"
-      "  setp.ne.s32 many, %0, 0;\n"
-      "  @many cp.async.wait_group %1;\n"
-      "  @!many cp.async.wait_group %2;\n"
-      "}" ::"r"(static_cast<int>(many)),
-      "n"(kMany), "n"(kFew)
-      : "memory");
+// A word of as many bytes as P has: loads and stores of it are one instruction.
+template <class P>
+struct WordOf {
+  using Narrow = std::conditional_t<sizeof(P) == 2, unsigned short, unsigned>;
+  using type = std::conditional_t<sizeof(P) <= 4, Narrow, std::conditional_t<sizeof(P) == 8, uint2, uint4> >;
+};
+
+template <class P>
+__device__ __forceinline__ P load_at_once(const P* from) {
+  using Word = typename WordOf<P>::type;
+  const Word word = *reinterpret_cast<const Word*>(from);
+  P value;
+  memcpy(&value, &word, sizeof(P));
+  return value;
 }
 
-// What is stored is not read again here: it goes first when the cache needs room. One instruction, of the value's size.
-template <class P>
-__device__ __forceinline__ void store_global(P* to, P value) {
-  constexpr int kBytes = sizeof(P);
-  using Narrow = std::conditional_t<kBytes == 2, unsigned short, unsigned>;
-  using Word = std::conditional_t<kBytes <= 4, Narrow, std::conditional_t<kBytes == 8, uint2, uint4> >;
+// What is not read again soon goes first when the cache needs room.
+template <bool kIsReadAgain, class P>
+__device__ __forceinline__ void store_at_once(P* to, P value) {
+  using Word = typename WordOf<P>::type;
   Word word;
-  memcpy(&word, &value, sizeof(Word));
-  __stcs(reinterpret_cast<Word*>(to), word);
+  memcpy(&word, &value, sizeof(P));
+  if constexpr (kIsReadAgain)
+    *reinterpret_cast<Word*>(to) = word;
+  else
+    __stcs(reinterpret_cast<Word*>(to), word);
 }
 
 // Stops the kernel and the CUDA context with an error that names what was expected, whatever NDEBUG says.

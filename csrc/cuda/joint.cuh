@@ -316,10 +316,10 @@ __device__ __forceinline__ void load_weights(const PointBlock<C>& block) {
   __syncthreads();
 }
 
-// The output's gradient g, 0 where the ReLU did not pass the element.
-template <bool kPlain, class C, class S = typename C::S>
-__device__ __forceinline__ S passed_gradient(const PointBlock<C>& block, const InputGradient<S, C::M>& rows,
-                                             const S (&p)[C::M], S z, S g, int64_t channel, int number) {
+// The output's gradient g, 0 where the ReLU did not pass the element. `rows` can be combined to the output.
+template <bool kPlain, class C, class Rows, class S = typename C::S>
+__device__ __forceinline__ S passed_gradient(const PointBlock<C>& block, const Rows& rows, const S (&p)[C::M], S z, S g,
+                                             int64_t channel, int number) {
   const Arguments& a = block.a;
   if (kPlain || !a.relu) return g;
   if (!a.mask) return passes_relu(combine(rows, p, z)) ? g : S(0);
@@ -332,13 +332,13 @@ template <bool kPlain, class C>
 __device__ __forceinline__ void differentiate_weights(const PointBlock<C>& block) {
   using S = typename C::S;
   constexpr int M = C::M;
-  sum_channels<PointGradient, true>(
+  sum_channels<InputGradient, true>(
       block, block.a.grad,
-      [&](S(&sums)[M], const PointGradient<S, M>& rows, S z, S grad, int64_t channel, int number) {
+      [&](S(&sums)[M], const InputGradient<S, M>& rows, S z, S grad, int64_t channel, int number) {
         S p[M], f[M];
         block.load(block.weights, number, p);
-        const S g = passed_gradient<kPlain>(block, rows.input, p, z, grad, channel, number);
-        direct_gradient(rows.input, p, z, g, f);
+        const S g = passed_gradient<kPlain>(block, rows, p, z, grad, channel, number);
+        direct_gradient(rows, p, z, g, f);
         CBN_UNROLL
         for (int m = 0; m < M; ++m) sums[m] += f[m];
       },
@@ -397,7 +397,7 @@ __device__ __forceinline__ void normalise(const PointBlock<C>& block) {
       y = passed ? y : S(0);
       if (a.mask) block.store_mask(block.mask_bit(block.first + number, channel), exists, passed);
     }
-    if (exists) store_global(static_cast<E*>(a.out) + at, static_cast<E>(y));
+    if (exists) store_at_once<false>(static_cast<E*>(a.out) + at, static_cast<E>(y));
   };
   for_each_element<Branches, false>(block, nullptr, map);
 }
@@ -411,19 +411,19 @@ __device__ __forceinline__ void differentiate(const PointBlock<C>& block, bool c
   const Arguments& a = block.a;
   for_each_element<PointGradient, true>(
       block, a.grad, [&](const PointGradient<S, M>& rows, S z, S grad, int64_t at, int64_t channel, int number) {
-        S p[M], f[M];
+        S p[M];
         block.load(block.weights, number, p);
         const bool exists = block.exists(number) && channel < a.channels;
-        const S g = passed_gradient<kPlain>(block, rows.input, p, z, grad, exists ? channel : 0, number);
-        S grad_x = direct_gradient(rows.input, p, z, g, f);
+        const S g = passed_gradient<kPlain>(block, rows.direct.branches, p, z, grad, exists ? channel : 0, number);
+        S grad_x = direct_gradient(rows.direct, p, z, g);
         if (!constant) {
           S q[M];
           block.load(block.gradients, number, q);
-          grad_x += joint_covariance(rows.densities, q, z);
+          grad_x += joint_covariance(rows.scores, q, z);
         }
         if (!exists) return;
-        store_global(static_cast<E*>(a.out) + at, static_cast<E>(grad_x));
-        if (!kPlain && a.grad_residual) store_global(static_cast<E*>(a.grad_residual) + at, static_cast<E>(g));
+        store_at_once<false>(static_cast<E*>(a.out) + at, static_cast<E>(grad_x));
+        if (!kPlain && a.grad_residual) store_at_once<false>(static_cast<E*>(a.grad_residual) + at, static_cast<E>(g));
       });
 }
 
@@ -431,7 +431,7 @@ __device__ __forceinline__ void differentiate(const PointBlock<C>& block, bool c
 template <class C, Pass pass>
 __global__ void __launch_bounds__(PointBlock<C>::kThreads, 1) map_points_kernel(const __grid_constant__ Arguments a) {
   const PointBlock<C> block(a, blockIdx.x);
-  const bool plain = !C::kGeneralOnly && !a.relu && !a.residual;
+  const bool plain = C::kHasFastForms && !a.relu && !a.residual;
   if (pass == Pass::kNormalise && a.weighs)
     weigh(block);
   else

@@ -28,12 +28,12 @@ struct ChannelRows {
 // What a channel brings to the backward map.
 template <class T, int M>
 struct PointGradient {
-  static constexpr int kRows = InputGradient<T, M>::kRows + 2;
-  InputGradient<T, M> input;
-  LogOdds<T, M> densities;  // their heights play no part
+  static constexpr int kRows = DirectGradient<T, M>::kRows + Scores<T, M>::kRows;
+  DirectGradient<T, M> direct;
+  Scores<T, M> scores;
   CBN_METHOD T* row(int i) {
-    constexpr int kRowsOfInput = InputGradient<T, M>::kRows;
-    return i < kRowsOfInput ? input.row(i) : densities.row(i - kRowsOfInput);
+    constexpr int kRowsOfDirect = DirectGradient<T, M>::kRows;
+    return i < kRowsOfDirect ? direct.row(i) : scores.row(i - kRowsOfDirect);
   }
 };
 
@@ -71,48 +71,48 @@ __global__ void __launch_bounds__(kTableThreads, 1) sum_components_kernel(const 
   a.heights[C::M + m] = distance;
 }
 
-// What the channels bring to a pass: Distances for its weights (Pass::kMoments), Branches or PointGradient. A block for
-// each compiled component.
-template <class C, Pass pass>
+// Whether the rows are for sums over the channels: of the log-odds, or of their gradients.
+template <template <class, int> class Rows>
+constexpr bool kAreForSums =
+    std::is_same_v<Rows<float, 1>, Distances<float, 1> > || std::is_same_v<Rows<float, 1>, InputGradient<float, 1> >;
+
+// What the channels bring to a pass: Distances or InputGradient for its sums over them, Branches or PointGradient for
+// its map. A block for each compiled component.
+template <class C, template <class, int> class Rows>
 __global__ void __launch_bounds__(kTableThreads, 1) lay_out_kernel(const __grid_constant__ Arguments a) {
   using S = typename C::S;
   constexpr int M = C::M;
+  constexpr bool kWeighs = std::is_same_v<Rows<S, M>, Distances<S, M> >;
   const int m = blockIdx.x;
   const bool exists = m < a.components;
   int reference = 0;
-  for (int other = 1; pass == Pass::kMoments && other < a.components; ++other)
+  for (int other = 1; kWeighs && other < a.components; ++other)
     if (a.heights[M + other] < a.heights[M + reference]) reference = other;
-  // make(component, origin) gives its rows.
-  const auto lay_out = [&](auto* table, auto make) {
-    for (int64_t channel = threadIdx.x; channel < a.channels; channel += kTableThreads) {
-      const S origin =
-          static_cast<S>(pass == Pass::kMoments ? origin_of_points<C>(a, channel) : used_origin<S>(a, channel));
-      if (m == 0) table[channel].origin() = origin;
-      if (m == 0 && pass == Pass::kMoments && a.partials) static_cast<S*>(a.origins)[channel] = origin;
-      auto rows = make(Component<S>{a, (exists ? m : 0) * a.channels + channel}, static_cast<double>(origin));
-      for (int i = 0; i < rows.kRows; ++i) table[channel].at(i * M + m) = exists ? static_cast<S>(*rows.row(i)) : S(0);
-    }
-  };
-  if constexpr (pass == Pass::kMoments) {
-    lay_out(static_cast<ChannelRows<S, Distances, M>*>(a.sums_table), [&](auto component, double origin) {
+  const auto rows_of = [&](const Component<S>& component, double origin) -> Rows<double, 1> {
+    if constexpr (kWeighs) {
       const Component<S> nearest{a, reference * a.channels + component.i % a.channels};
       return distances(component.density(1), nearest.density(1), origin);
-    });
-  } else if constexpr (pass == Pass::kNormalise) {
-    lay_out(static_cast<ChannelRows<S, Branches, M>*>(a.map_table), [&](auto component, double origin) {
+    } else if constexpr (std::is_same_v<Rows<S, M>, Branches<S, M> >) {
       if (exists) component.keep_running();
       return component.branch(component.used(), origin);
-    });
-  } else {
-    lay_out(static_cast<ChannelRows<S, PointGradient, M>*>(a.map_table), [&](auto component, double origin) {
-      PointGradient<double, 1> rows{};
-      rows.input = component.input_gradient(component.used(), origin, component.read(a.grad_weight, 0),
-                                            component.read(a.grad_bias, 0));
-      const Parabola density = parabola(component.density(1), origin);
-      rows.densities.curvature[0] = density.curvature[0];
-      rows.densities.centre[0] = density.centre[0];
-      return rows;
-    });
+    } else {
+      const InputGradient<double, 1> gradient = component.input_gradient(
+          component.used(), origin, component.read(a.grad_weight, 0), component.read(a.grad_bias, 0));
+      if constexpr (kAreForSums<Rows>)
+        return gradient;
+      else
+        return {direct_gradient(gradient), scores(component.density(1), origin)};
+    }
+  };
+  auto* const table = static_cast<ChannelRows<S, Rows, M>*>(kAreForSums<Rows> ? a.sums_table : a.map_table);
+  for (int64_t channel = threadIdx.x; channel < a.channels; channel += kTableThreads) {
+    const S origin = static_cast<S>(kWeighs ? origin_of_points<C>(a, channel) : used_origin<S>(a, channel));
+    if (m == 0) table[channel].origin() = origin;
+    if (m == 0 && kWeighs && a.partials) static_cast<S*>(a.origins)[channel] = origin;
+    Rows<double, 1> rows = rows_of({a, (exists ? m : 0) * a.channels + channel}, static_cast<double>(origin));
+    CBN_UNROLL
+    for (int i = 0; i < Rows<S, M>::kRows; ++i)
+      table[channel].at(i * M + m) = exists ? static_cast<S>(*rows.row(i)) : S(0);
   }
 }
 

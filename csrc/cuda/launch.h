@@ -25,10 +25,7 @@ constexpr int kCoefficientRows = LogOdds<float, 1>::kRows + InputGradient<float,
 // The streaming path's sums take at most a fortieth of the input's memory, or so many bytes.
 constexpr int kInputOfSums = 40;
 constexpr int64_t kFewestBytesOfSums = 16 << 10;
-// Chunks that a thread has under way while it works on one. In channels_last fewer blocks share a multiprocessor, so
-// that each must have more bytes under way; the resident path has room for more.
-constexpr int kChunksAhead = 3;
-constexpr int kMoreChunksAhead = 7;
+// Chunks that a thread of the resident path has under way while it works on one.
 constexpr int kResidentChunksAhead = 8;
 // Warps that add their sums at a time: 4, or 2 where a sum takes 8 bytes.
 constexpr int warps_at_a_time(int statistic_size) { return 16 / statistic_size; }
@@ -53,7 +50,6 @@ struct Device {
 struct Tuning {
   int cluster = kLargestCluster;  // blocks of the largest cluster; 1: no clusters, 0: each pass reads from memory
   int blocks = 4;                 // for each multiprocessor that the streaming path tries to have
-  int ahead = 0;                  // chunks under way in the streaming path: 3 or 7; 0: by the layout
   int threads = 512;              // of a resident block at most
 };
 
@@ -73,20 +69,20 @@ struct Extent {
 // Offsets in bytes of a block's shared memory; K channels of the block. Shared by host and kernels.
 struct SharedMemory {
   unsigned totals;        // double [kSumRows, M, K] sums of the block
-  unsigned density;       // double [3, M, K] log-densities of the components
+  unsigned odds;          // double [3, M, K] of the components
   unsigned origin;        // double [K]
   unsigned sums;          // statistic [warps at a time, kSumRows, M, K] sums of some of the block's warps
   unsigned coefficients;  // statistic [kCoefficientRows, M, K]
   unsigned first;         // int [K] component that is stored first
   unsigned flag;          // int
-  unsigned values;        // elements, [slots, threads] chunks of each tensor that is read
+  unsigned values;        // elements, [slots, threads] chunks of each tensor that is read, of the resident path
 };
 
 constexpr SharedMemory shared_memory_of(int components, int channels, int statistic_size) {
   const unsigned items = components * channels;
   SharedMemory at{};
-  at.density = at.totals + kSumRows * 8 * items;
-  at.origin = at.density + 3 * 8 * items;
+  at.odds = at.totals + kSumRows * 8 * items;
+  at.origin = at.odds + LogOdds<double, 1>::kRows * 8 * items;
   at.sums = at.origin + 8 * channels;
   at.coefficients = at.sums + warps_at_a_time(statistic_size) * kSumRows * statistic_size * items;
   at.first = at.coefficients + kCoefficientRows * statistic_size * items;
@@ -111,7 +107,7 @@ struct Plan {
   int64_t channel_blocks;
   int64_t splits;  // blocks that share a block of channels; in the resident path the cluster
   int64_t points_of_split;
-  int slots;        // chunks of a thread in shared memory, of each tensor
+  int slots;        // chunks of a thread in shared memory, of each tensor; none in the streaming path
   unsigned shared;  // bytes
   int64_t blocks() const { return channel_blocks * splits; }
   Launch launch() const { return {blocks(), threads, resident ? static_cast<int>(splits) : 1, shared}; }
@@ -135,6 +131,10 @@ inline Plan block_of(const Extent& p, int segment, int most_threads) {
     const int64_t wanted = segment / (p.vector * p.element_size);
     const int64_t useful = power_of_two_from(divide_up(p.channels, p.vector));
     plan.columns = static_cast<int>(std::clamp<int64_t>(std::min(wanted, useful), fewest, kWarp));
+    // Blocks that are full have faster loops; a few sectors side by side are enough for memory.
+    while (plan.columns > fewest && p.channels % (plan.columns * p.vector) != 0 &&
+           plan.columns * p.vector * p.element_size > 2 * kSector)
+      plan.columns /= 2;
     plan.channels_of_block = plan.columns * p.vector;
   }
   plan.channel_blocks = divide_up(p.channels, plan.channels_of_block);
@@ -190,20 +190,11 @@ inline std::optional<Plan> plan_resident(const Extent& p, const Device& device, 
   return std::nullopt;
 }
 
-// A block of the streaming path, whose chunks go through a ring in shared memory; splits are still to be chosen.
-inline Plan streaming_block(const Extent& p, int segment, const Device& device, const Tuning& tuning) {
-  int ahead = tuning.ahead ? tuning.ahead : p.channels_last ? kMoreChunksAhead : kChunksAhead;
-  for (int most_threads = std::min(p.most_threads, kStreamingThreads);;) {
-    Plan plan = block_of(p, segment, most_threads);
-    take_shared_memory(plan, p, ahead + 1);
-    if (plan.shared <= static_cast<unsigned>(device.shared_memory)) return plan;
-    if (ahead > kChunksAhead)
-      ahead = kChunksAhead;
-    else if (most_threads > 2 * kWarp)
-      most_threads /= 2;
-    else
-      return plan;
-  }
+// A block of the streaming path; splits are still to be chosen.
+inline Plan streaming_block(const Extent& p, int segment) {
+  Plan plan = block_of(p, segment, kStreamingThreads);
+  take_shared_memory(plan, p, 0);
+  return plan;
 }
 
 // Splits for the blocks that the multiprocessors are to have.
@@ -241,7 +232,7 @@ inline Plan plan_reduction(const Extent& p, const Device& device, const Tuning& 
   const int64_t bytes = p.points * p.channels * p.element_size;
   const int64_t most = std::max(bytes / kInputOfSums, kFewestBytesOfSums) / bytes_of_sums(p, 1);
   for (int segment = kStreamingSegment;; segment /= 2) {
-    Plan plan = streaming_block(p, segment, device, tuning);
+    Plan plan = streaming_block(p, segment);
     const int64_t iterations = p.channels_last ? kMostPointsOfThread : std::max(1, kMostPointsOfThread / p.vector);
     const int64_t precise = divide_up(p.points, iterations * step_of(plan, p));
     const int64_t wanted = std::min(wanted_splits(plan, device, tuning), useful_splits(plan, p));
@@ -285,7 +276,7 @@ inline int64_t splits_of_moments(const Extent& p, const PointLimits& limits, con
 
 // The pass of the streaming path that maps.
 inline Plan plan_map(const Extent& p, const Device& device, const Tuning& tuning) {
-  Plan plan = streaming_block(p, kStreamingSegment, device, tuning);
+  Plan plan = streaming_block(p, kStreamingSegment);
   split_all(plan, p, std::min(wanted_splits(plan, device, tuning), useful_splits(plan, p)));
   return plan;
 }

@@ -8,7 +8,7 @@ namespace cbn {
 
 // The channel's mixture weighs (eqs 8-9), by log-odds against the widest component, which is kept first.
 struct ChannelPosterior {
-  static constexpr bool kGiven = false, kConstant = false, kHasPlainForm = true;
+  static constexpr bool kGiven = false, kConstant = false, kHasFastForms = true;
 
   // The place of component m of channel j, or the component at place m.
   template <class C>
@@ -17,51 +17,37 @@ struct ChannelPosterior {
   }
 
   // Puts the log-odds of the block's channels and their origins into shared memory; components and channels that do not
-  // exist have no odds. Returns whether the odds of all of them are bounded.
+  // exist have no odds. Returns whether the odds of all of them are bounded; where not, or where that is not `wanted`,
+  // they are log-densities. One component has no odds; its prior may be joint mode's, which is not the channel's.
   template <Pass pass, class C>
-  static __device__ __forceinline__ bool prepare(const Block<C>& block, const Shared<C>& shared) {
-    constexpr int M = C::M;
-    const int K = shared.K, items = M * K;
+  static __device__ __forceinline__ bool prepare(const Block<C>& block, const Shared<C>& shared, bool wanted) {
     if (threadIdx.x == 0) *shared.flag = 0;
-    // One component has no odds; its prior may be joint mode's, which is not the channel's.
-    if constexpr (M > 1)
-      for_each_component(block, shared, [&](int m, int j, const Component<typename C::S>& component) {
-        const LogDensity density = component.density();
-        shared.density[m * K + j] = density.precision;
-        shared.density[items + m * K + j] = density.peak;
-        shared.density[2 * items + m * K + j] = density.mean;
+    __syncthreads();
+#pragma unroll 1
+    for (bool bounded = C::M == 1 || wanted;; bounded = false) {
+      for_each_component(block, shared, [&](const Item<C>& item) {
+        LogDensity density{INFINITY, 0, 0};
+        if (C::M > 1 && item.exists) density = item.component.density();
+        const int widest = first_of_least<C>(density.precision);
+        const LogDensity first{of_component<C>(density.precision, widest), of_component<C>(density.peak, widest),
+                               of_component<C>(density.mean, widest)};
+        const double origin = origin_of<pass>(block, item);
+        if (!item.in_block) return;
+        if (item.m == 0) shared.first[item.j] = widest;
+        if (item.m == 0) shared.origin[item.j] = origin;
+        const int k = stored_at(item.m, widest);
+        Parabola odds{0, 0, k == 0 ? 0 : kNoComponent};
+        if (C::M > 1 && item.exists && !bounded) {
+          odds = parabola(density, origin);
+        } else if (item.exists && k > 0) {
+          odds = odds_parabola(density, first, origin);
+          if (!is_bounded(odds) || (reads_gradient(pass) && !is_near(odds, first, origin))) *shared.flag = 1;
+        }
+        shared.store_odds(k, item.j, odds);
       });
-    __syncthreads();
-
-    const auto density_of = [&](int m, int j) -> LogDensity {
-      const int item = m * K + j;
-      return {shared.density[item], shared.density[items + item], shared.density[2 * items + item]};
-    };
-    for (int j = threadIdx.x; j < K; j += blockDim.x) {
-      int widest = 0;
-      if (block.first_channel + j < block.a.channels)
-        for (int m = 1; m < block.a.components; ++m)
-          if (shared.density[m * K + j] < shared.density[widest * K + j]) widest = m;
-      shared.first[j] = widest;
-      shared.origin[j] = origin_of<C, pass>(block, j);
+      __syncthreads();
+      if (C::M == 1 || !bounded || !*shared.flag) return bounded;
     }
-    __syncthreads();
-
-    for_each_place(block, shared, [&](int k, int j, bool exists) {
-      Parabola odds{0, 0, k == 0 ? 0 : kNoComponent};
-      if (exists && k > 0 &&
-          !odds_parabola(density_of(place(shared, k, j), j), density_of(shared.first[j], j), shared.origin[j], odds))
-        *shared.flag = 1;
-      shared.store(0, k, j, odds);
-    });
-    __syncthreads();
-
-    if (M == 1 || (!C::kGeneralOnly && !*shared.flag)) return true;
-    for_each_component(block, shared, [&](int k, int j, const Component<typename C::S>&) {
-      shared.store(0, k, j, parabola(density_of(place(shared, k, j), j), shared.origin[j]));
-    });
-    __syncthreads();
-    return false;
   }
 
   template <class C, bool kBounded>
@@ -73,14 +59,10 @@ struct ChannelPosterior {
     __device__ __forceinline__ Weights(const Block<C>& block, const Shared<C>& shared) {
       load_coefficients(block, shared, 0, odds);
     }
-    template <bool kPlain>
-    __device__ __forceinline__ void move_to(const Walk<C>&) {}
+    template <bool kWhole, class W>
+    __device__ __forceinline__ void move_to(const W&, int) {}
     __device__ __forceinline__ S operator()(int v, S z, S (&e)[M]) const {
       return responsibilities<kBounded>(odds[C::kChannelsLast ? v : 0], z, e);
-    }
-    template <bool kPlain>
-    __device__ __forceinline__ S covariance(int v, const S (&p)[M], S z, const S (&f)[M]) {
-      return cbn::covariance<kBounded>(odds[C::kChannelsLast ? v : 0], p, z, f);
     }
   };
 };
@@ -94,11 +76,13 @@ struct GivenPosterior {
     return m;
   }
 
-  // There are no odds: what does not exist has coefficients of 0.
+  // There are no odds.
   template <Pass pass, class C>
-  static __device__ __forceinline__ bool prepare(const Block<C>& block, const Shared<C>& shared) {
-    for (int j = threadIdx.x; j < shared.K; j += blockDim.x) shared.origin[j] = origin_of<C, pass>(block, j);
-    for_each_place(block, shared, [](int, int, bool) {});
+  static __device__ __forceinline__ bool prepare(const Block<C>& block, const Shared<C>& shared, bool) {
+    for_each_component(block, shared, [&](const Item<C>& item) {
+      const double origin = origin_of<pass>(block, item);
+      if (item.in_block && item.m == 0) shared.origin[item.j] = origin;
+    });
     __syncthreads();
     return false;
   }
@@ -106,7 +90,7 @@ struct GivenPosterior {
 
 // The group of the point's image weighs (eqs 17-18): 1 for that component. A constant, whose gradient is 0.
 struct GroupPosterior : GivenPosterior {
-  static constexpr bool kConstant = true, kHasPlainForm = false;
+  static constexpr bool kConstant = true, kHasFastForms = false;
 
   template <class C, bool>
   struct Weights {
@@ -116,8 +100,8 @@ struct GroupPosterior : GivenPosterior {
     const Arguments& a;
 
     __device__ __forceinline__ Weights(const Block<C>& block, const Shared<C>&) : a(block.a) {}
-    template <bool kPlain>
-    __device__ __forceinline__ void move_to(const Walk<C>& walk) {
+    template <bool kWhole, class W>
+    __device__ __forceinline__ void move_to(const W& walk, int) {
       CBN_UNROLL
       for (int v = 0; v < C::V; ++v) group[v] = -1;
       walk.for_each_piece(1, [&](int at, int64_t, unsigned image) {
@@ -132,16 +116,12 @@ struct GroupPosterior : GivenPosterior {
       for (int m = 0; m < M; ++m) e[m] = m == group[v] ? S(1) : S(0);
       return S(1);
     }
-    template <bool kPlain>
-    __device__ __forceinline__ S covariance(int, const S (&)[M], S, const S (&)[M]) {
-      return S(0);
-    }
   };
 };
 
 // Joint mode: the points' weights are read, [M, P]. For the reductions; its maps are joint.cuh's.
 struct JointPosterior : GivenPosterior {
-  static constexpr bool kConstant = false, kHasPlainForm = true;
+  static constexpr bool kConstant = false, kHasFastForms = true;
 
   template <class C, bool>
   struct Weights {
@@ -156,13 +136,12 @@ struct JointPosterior : GivenPosterior {
     S p[kPoints][M];
 
     __device__ __forceinline__ Weights(const Block<C>& block, const Shared<C>&)
-        : a(block.a), begin(block.begin), whole(block.a.points() % kPoints == 0) {}
-    template <bool kPlain>
-    __device__ __forceinline__ void move_to(const Walk<C>& walk) {
+        : a(block.a), begin(block.begin()), whole(block.a.points() % kPoints == 0) {}
+    template <bool kWhole, class W>
+    __device__ __forceinline__ void move_to(const W& walk, int elements) {
       point = begin + walk.point;
-      const int elements = walk.template count<kPlain>();
       count = C::kChannelsLast ? elements > 0 : elements;
-      load<kPlain>();
+      load<kWhole>();
     }
     __device__ __forceinline__ S operator()(int v, S, S (&e)[M]) const {
       CBN_UNROLL
@@ -173,14 +152,14 @@ struct JointPosterior : GivenPosterior {
    private:
     // The weights of the chunk's points, 0 where there is none. Components that pad M have no coefficients: any weight
     // does.
-    template <bool kPlain>
+    template <bool kWhole>
     __device__ __forceinline__ void load() {
       CBN_UNROLL
       for (int m = 0; m < M; ++m) {
         const S* row = static_cast<const S*>(a.posterior) + (m < a.components ? m : 0) * a.points() + point;
         Pack<S, kPoints> values{};
-        if (kPlain || whole) {
-          if (count > 0) values = *reinterpret_cast<const Pack<S, kPoints>*>(row);
+        if (kWhole || whole) {
+          if (count > 0) values = load_at_once(reinterpret_cast<const Pack<S, kPoints>*>(row));
         } else {
           CBN_UNROLL
           for (int v = 0; v < kPoints; ++v)

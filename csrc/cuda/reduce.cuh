@@ -33,7 +33,7 @@ __device__ __forceinline__ void block_sum(const Block<C>& block, const Shared<C>
     if (warp >= first && warp < first + kWarps && threadIdx.x % kWarp < columns) {
       CBN_UNROLL
       for (int channel = 0; channel < C::kChannels; ++channel) {
-        const int j = block.column * C::kChannels + channel;
+        const int j = block.column() * C::kChannels + channel;
         CBN_UNROLL
         for (int i = 0; i < Sums::kRows * C::M; ++i) {
           const int row = i / C::M, m = C::Posterior::place(shared, i % C::M, j);

@@ -29,7 +29,6 @@ inline Tuning tuning_from_environment() {
   const Tuning usual;
   return {number_from_environment("CBN_CUDA_CLUSTER", usual.cluster, {0, 1, 2, 4, 8}),
           number_from_environment("CBN_CUDA_BLOCKS", usual.blocks, {1, 2, 4, 8, 16, 32}),
-          number_from_environment("CBN_CUDA_AHEAD", usual.ahead, {kChunksAhead, kMoreChunksAhead}),
           number_from_environment("CBN_CUDA_THREADS", usual.threads, {64, 128, 256, 512})};
 }
 

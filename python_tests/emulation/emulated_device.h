@@ -93,14 +93,17 @@ template <int kPending>
 void wait_for_copies() {
   emulation::wait_for_copies(kPending);
 }
-template <int kFew, int kMany>
-void wait_for_copies(bool many) {
-  emulation::wait_for_copies(many ? kMany : kFew);
-}
 
 template <class P>
-void store_global(P* address, P value) {
-  static_assert(sizeof(P) == 1 || sizeof(P) == 2 || sizeof(P) == 4 || sizeof(P) == 8 || sizeof(P) == 16);
+P load_at_once(const P* address) {
+  static_assert(sizeof(P) == 2 || sizeof(P) == 4 || sizeof(P) == 8 || sizeof(P) == 16);
+  emulation::check_aligned(address, sizeof(P));
+  return *address;
+}
+
+template <bool kIsReadAgain, class P>
+void store_at_once(P* address, P value) {
+  static_assert(sizeof(P) == 2 || sizeof(P) == 4 || sizeof(P) == 8 || sizeof(P) == 16);
   emulation::check_aligned(address, sizeof(P));
   *address = value;
 }
@@ -121,17 +124,34 @@ inline void __syncwarp(const char* file = __builtin_FILE(), int line = __builtin
   cbn::emulation::exchange_in_warp(0xffffffffu, 0, {"__syncwarp", file, line});
 }
 
-template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+// The value of another lane, `source` of this one's.
+template <class T, class Source>
+T exchange(unsigned mask, T value, Source source, const cbn::emulation::Site& site) {
   static_assert(std::is_same_v<T, int> || std::is_same_v<T, float> || std::is_same_v<T, double>);
-  if (lanes < 0 || lanes > 31)
-    cbn::emulation::fail("is at __shfl_xor_sync with lane mask %d (%s:%d)", lanes, file, line);
   std::uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  const std::uint64_t* all = cbn::emulation::exchange_in_warp(mask, bits, {"__shfl_xor_sync", file, line});
-  std::memcpy(&value, &all[cbn::emulation::lane() ^ lanes], sizeof(T));
+  const std::uint64_t* all = cbn::emulation::exchange_in_warp(mask, bits, site);
+  std::memcpy(&value, &all[source(cbn::emulation::lane())], sizeof(T));
   return value;
 }
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (lanes < 0 || lanes > 31)
+    cbn::emulation::fail("is at __shfl_xor_sync with lane mask %d (%s:%d)", lanes, file, line);
+  return exchange(mask, value, [&](unsigned lane) { return lane ^ lanes; }, {"__shfl_xor_sync", file, line});
+}
+
+// Of lane `from` among the `width` neighbours.
+template <class T>
+T __shfl_sync(unsigned mask, T value, int from, int width, const char* file = __builtin_FILE(),
+              int line = __builtin_LINE()) {
+  if (from < 0 || from >= width || width > 32 || (width & (width - 1)) != 0)
+    cbn::emulation::fail("is at __shfl_sync with lane %d of %d (%s:%d)", from, width, file, line);
+  return exchange(mask, value, [&](unsigned lane) { return lane / width * width + from; }, {"__shfl_sync", file, line});
+}
+
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, const char* file = __builtin_FILE(),
                               int line = __builtin_LINE()) {

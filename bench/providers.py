@@ -64,7 +64,7 @@ class Provider(NamedTuple):
 
 #: Settings that are compared with the operators' own choice: of the streaming path, then of the resident one.
 _SETTINGS = (
-    *({"CLUSTER": 0, "BLOCKS": blocks, "AHEAD": ahead} for blocks in (4, 8, 16) for ahead in (3, 7)),
+    *({"CLUSTER": 0, "BLOCKS": blocks} for blocks in (4, 8, 16)),
     *({"CLUSTER": cluster, "THREADS": threads} for cluster in (1, 8) for threads in (256, 512)),
 )
 

@@ -360,7 +360,7 @@ CBN_INLINE double variance_gradient(double scale, double grad_weight, double var
 template <class T, int M>
 CBN_INLINE T direct_gradient(const InputGradient<T, M>& in, const T (&p)[M], T z, T g, T (&f)[M]) {
   // f = d u + (g beta + constant) and f' = u + quadratic d, with u = g gamma r + linear + quadratic d
-  T direct;
+  T direct = Math<T>::splat(0);
   CBN_UNROLL
   for (int m = 0; m < M; ++m) {
     const T d = z - in.centre[m];

@@ -18,14 +18,13 @@ class SweepRow(CudaRow):
     """A time and the settings that it was taken with, None where the operators chose."""
 
     blocks: int | None
-    ahead: int | None
     threads: int | None
     cluster: int | None
 
 
 def csv_of(found: Measured) -> dict[str, Sequence[SweepRow]]:
     """The rows of the CSV file, by what its name ends with."""
-    names = ("blocks", "ahead", "threads", "cluster")
+    names = ("blocks", "threads", "cluster")
     rows = [
         SweepRow(**vars(row), **{name: PROVIDERS[row.provider].settings.get(name.upper()) for name in names})
         for row in found.times

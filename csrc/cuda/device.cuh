@@ -89,6 +89,7 @@ __device__ __forceinline__ void wait_for_copies() {
 // A word of as many bytes as P has: loads and stores of it are one instruction.
 template <class P>
 struct WordOf {
+  static_assert(sizeof(P) == 2 || sizeof(P) == 4 || sizeof(P) == 8 || sizeof(P) == 16);
   using Narrow = std::conditional_t<sizeof(P) == 2, unsigned short, unsigned>;
   using type = std::conditional_t<sizeof(P) <= 4, Narrow, std::conditional_t<sizeof(P) == 8, uint2, uint4> >;
 };

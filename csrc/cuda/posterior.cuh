@@ -159,7 +159,7 @@ struct JointPosterior : GivenPosterior {
         const S* row = static_cast<const S*>(a.posterior) + (m < a.components ? m : 0) * a.points() + point;
         Pack<S, kPoints> values{};
         if (kWhole || whole) {
-          if (count > 0) values = load_at_once(reinterpret_cast<const Pack<S, kPoints>*>(row));
+          if (count > 0) values = *reinterpret_cast<const Pack<S, kPoints>*>(row);
         } else {
           CBN_UNROLL
           for (int v = 0; v < kPoints; ++v)

@@ -30,7 +30,7 @@ __device__ __forceinline__ void block_sum(const Block<C>& block, const Shared<C>
     }
   }
   for (int first = 0; first < warps; first += kWarps) {
-    if (warp >= first && warp < first + kWarps && threadIdx.x % kWarp < columns) {
+    if (warp >= first && warp < first + kWarps && threadIdx.x % kWarp < static_cast<unsigned>(columns)) {
       CBN_UNROLL
       for (int channel = 0; channel < C::kChannels; ++channel) {
         const int j = block.column() * C::kChannels + channel;

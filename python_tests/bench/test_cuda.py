@@ -444,7 +444,7 @@ def test_files_of_an_older_run_do_not_pass_for_this_one(gpu, tmp_path):
 
 
 def test_a_sweep(gpu, monkeypatch, capsys, tmp_path):
-    streaming, resident = "cbn_ext cluster=0 blocks=8 ahead=7", "cbn_ext cluster=8 threads=256"
+    streaming, resident = "cbn_ext cluster=0 blocks=8", "cbn_ext cluster=8 threads=256"
     settings = {}
 
     def capture_and_look(self, workloads, cold, evaluation, capture=FakeTimer.capture):
@@ -463,16 +463,16 @@ def test_a_sweep(gpu, monkeypatch, capsys, tmp_path):
     assert settings == {
         OURS: {},
         BATCHNORM: {},
-        streaming: {"CBN_CUDA_CLUSTER": "0", "CBN_CUDA_BLOCKS": "8", "CBN_CUDA_AHEAD": "7"},
+        streaming: {"CBN_CUDA_CLUSTER": "0", "CBN_CUDA_BLOCKS": "8"},
         resident: {"CBN_CUDA_CLUSTER": "8", "CBN_CUDA_THREADS": "256"},
     }
     # Before and after each of two settings in each of two comparisons.
-    assert [sum(name.startswith("CBN_CUDA") for name in each) for each in read] == [3, 0, 2, 0] * 2
+    assert [sum(name.startswith("CBN_CUDA") for name in each) for each in read] == [2, 0, 2, 0] * 2
     rows = read_csv(tmp_path / "cuda-some-gpu-9-sweep.csv", sweep.SweepRow)
     row = next(row for row in rows if (row.provider, row.l2, row.direction) == (streaming, "cold", BACKWARD))
-    assert (row.cluster, row.blocks, row.ahead, row.threads) == (0, 8, 7, None)
+    assert (row.cluster, row.blocks, row.threads) == (0, 8, None)
     assert (row.median_us, row.ratio_to_batchnorm, row.device_us, row.phase) == (16.0, 0.4, 8.0, "sweep")
-    assert {(r.cluster, r.blocks, r.ahead, r.threads) for r in rows if r.provider == OURS} == {(None,) * 4}
+    assert {(r.cluster, r.blocks, r.threads) for r in rows if r.provider == OURS} == {(None,) * 3}
     assert {path.name for path in tmp_path.iterdir()} == {"cuda-some-gpu-9-sweep.csv", "cuda-some-gpu-9-sweep.md"}
     assert report.summary(tmp_path) == []
     output = capsys.readouterr().out

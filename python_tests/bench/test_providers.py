@@ -163,8 +163,8 @@ def test_without_settings_nothing_is_read(environments):
 
 
 def test_names_tell_layer_operation_and_settings_and_are_told_apart():
-    provider = PROVIDERS["cbn_ext cluster=0 blocks=16 ahead=7"]
-    assert provider == providers.Provider(OURS, settings={"CLUSTER": 0, "BLOCKS": 16, "AHEAD": 7})
+    provider = PROVIDERS["cbn_ext cluster=0 blocks=16"]
+    assert provider == providers.Provider(OURS, settings={"CLUSTER": 0, "BLOCKS": 16})
     assert PROVIDERS["BatchNorm2d + add + ReLU compiled"] == providers.Provider(BATCHNORM, ADD_RELU, compiled=True)
     assert PROVIDERS["cbn_ext + ReLU"].peer == "BatchNorm2d + ReLU"
     assert len({str(provider) for provider in PROVIDERS.values()}) == len(PROVIDERS)

@@ -49,6 +49,7 @@ def run(*arguments, **options):
         ("cluster_sum", 4, 1 + 2 + 3 + 4),
         ("cluster_sum_in_halves", 4, 1 + 2 + 3 + 4),
         ("warp_sum", 2, 3 * 32 * 31 / 2),
+        ("neighbour", 1, 3),
         ("ballot", 1, sum(1 << lane for lane in range(0, 32, 3))),
     ],
 )
@@ -103,6 +104,7 @@ def test_copies_are_there_when_they_are_waited_for(toys):
         ("lane_at_another_shuffle", 1, r"waits at __shfl_xor_sync \(.*\), but .* at __shfl_xor_sync"),
         ("lane_at_barrier", 1, r"waits at .*, which thread .* does not reach: it waits at "),
         ("part_of_warp", 1, r"__shfl_xor_sync \(.*\) with mask ff"),
+        ("no_such_neighbour", 1, r"__shfl_sync with lane 8 of 8"),
         ("no_such_block", 2, r"cluster_shared of block 2 in a cluster of 2"),
         ("not_shared", 2, r"takes 0x\w+ for an address in the block's shared memory"),
         ("copies_elsewhere", 1, r"takes 0x\w+ for an address in the block's shared memory"),
@@ -112,6 +114,7 @@ def test_copies_are_there_when_they_are_waited_for(toys):
         ("cluster_sum_in_halves_without_arrival", 2, r"waits at cluster_wait \(.*\) without cluster_arrive before"),
         ("cluster_sum_in_halves_without_order", 2, r"ends without cluster_sync after it read another block's"),
         ("misaligned_pack", 1, r"misaligned access of 16 bytes"),
+        ("misaligned_load", 1, r"misaligned access of 16 bytes"),
         ("misaligned_copy", 1, r"misaligned access of 16 bytes"),
         ("failed_check", 1, r"thread 17 of block \d+ fails a check: expected another thread"),
     ],

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ DEVICES = {
     "no clusters": {"CBN_EMULATED_DEVICE": "2,232448,1"},
     "streaming": {"CBN_EMULATED_DEVICE": "132,98304,8", "CBN_CUDA_CLUSTER": "0"},
 }
-CHANNELS = 2
-SHAPES = {"channel": (3, CHANNELS, 47, 43), "split": (3, CHANNELS, 47, 43), "joint": (3, CHANNELS, 17, 19)}
+SHAPES = {"channel": (3, 2, 47, 43), "split": (3, 2, 47, 43), "joint": (3, 2, 17, 19)}
+# The same with whole chunks, for which there are kernels of up to eight components.
+WHOLE = {("channel", "contiguous"): (3, 2, 44, 46), ("channel", "channels_last"): (3, 8, 20, 30)}
+WHOLE |= {("joint", "contiguous"): (3, 2, 16, 20), ("joint", "channels_last"): (3, 8, 12, 12)}
 # Each compiled number of components for each posterior, type and layout, and points for several blocks.
 COMPILED = {"channel": (1, 2, 4, 8, 16), "split": (4, 8, 16), "joint": (4, 8, 16)}
 INSTANCES = [
@@ -32,9 +35,22 @@ INSTANCES = [
     for layout in ("contiguous", "channels_last")
     if mode == "channel" or dtype != torch.float64 or components == 16
 ]
+INSTANCES += [
+    replace(case, shape=WHOLE[case.mode, case.layout])
+    for case in INSTANCES
+    if (case.mode, case.layout) in WHOLE and case.components <= 8 and case.dtype != torch.float64
+]
+# What these kernels are compiled for beside a residual and a ReLU, with mixtures whose odds are bounded and not.
+FORMS = [
+    replace(case, residual=False, activation=activation, data=data, detach=detach)
+    for case in INSTANCES
+    if case.shape == WHOLE["channel", case.layout] and case.components in (1, 4) and case.dtype != torch.float16
+    for activation, data in (("relu", "mixed"), (None, "mixed"), ("relu", "apart"), (None, "apart"))
+    for detach in (False, True)
+]
 # More splits of a stream than a warp has threads to merge them.
 MANY_SPLITS = Case((9, 1, 128, 128), 2)
-CASES = [*CASE_TABLE, *INSTANCES, Case((13, 1, 31, 33)), Case((13, 1, 31, 33), layout="channels_last"), MANY_SPLITS]
+CASES = [*CASE_TABLE, *INSTANCES, *FORMS, Case((13, 1, 31, 33)), Case((13, 1, 31, 33), layout="channels_last"), MANY_SPLITS]
 
 
 @functools.cache
@@ -82,14 +98,14 @@ def test_every_compiled_kernel_runs():
     for_points = {symbol for symbol in compiled if re.search("weigh_kernel|sum_components|lay_out", symbol)}
     joint = sum(case.mode == "joint" for case in INSTANCES)
     assert len(resident) == 2 * (len(INSTANCES) - joint)
-    assert len(streaming) == 4 * len(INSTANCES) and len(for_points) == 5 * joint
+    assert len(streaming) == 0 and len(for_points) == 5 * joint
 
     launches = {device: table(device).launches for device in DEVICES}
     by_themselves = {line.split()[0] for line in passes_by_themselves().splitlines() if line}
     assert {launch.kernel for device in DEVICES for launch in launches[device]} | by_themselves == compiled
     assert {launch.kernel for launch in launches["clusters"] if launch.cluster > 1} == resident
     assert {launch.cluster for launch in launches["clusters"]} == {1, 2, 4, 8}
-    split = {launch for launch in instances_in_another_order("streaming").launches if launch.blocks > CHANNELS}
+    split = {launch for launch in instances_in_another_order("streaming").launches if launch.blocks > 2}
     # Joint mode's instances have too few points for splits: a tile of theirs is dear here.
     assert {launch.kernel for launch in split} >= {symbol for symbol in streaming if "JointPosterior" not in symbol}
 
@@ -192,7 +208,6 @@ def test_other_values_in_the_environment_are_errors():
     allowed = {
         "CBN_CUDA_CLUSTER": "0, 1, 2, 4, 8",
         "CBN_CUDA_BLOCKS": "1, 2, 4, 8, 16, 32",
-        "CBN_CUDA_AHEAD": "3, 7",
         "CBN_CUDA_THREADS": "64, 128, 256, 512",
     }
     values = "5", "", "1 "
@@ -218,20 +233,6 @@ for variable in {list(allowed)}:
     assert len(again) == len(allowed) * len(values)
     expected = (f"expected {of} to be one of {allowed[of]}; got {value}" for of in allowed for value in values)
     assert all(line.endswith(text) for line, text in zip(again, expected, strict=True)), again
-
-
-@pytest.mark.parametrize("ahead", ["3", "7"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_either_number_of_chunks_ahead_gives_the_same_bits(layout, ahead):
-    cases = [
-        case for case in INSTANCES if case.dtype != torch.float64 and case.layout == layout and case.components == 4
-    ]
-    usual = table("streaming").results[len(CASE_TABLE) :]
-    usual = [result for case, result in zip(INSTANCES, usual, strict=False) if case in cases]
-    again = run_table(library(), cases, {**DEVICES["streaming"], "CBN_CUDA_AHEAD": ahead})
-    assert not again.process_error
-    for case, one, other in zip(cases, usual, again.results, strict=True):
-        assert all(a is b is None or torch.equal(a, b) for a, b in zip(one, other, strict=True)), case
 
 
 def test_groups_out_of_range_stop_the_kernel():

@@ -40,14 +40,16 @@ Kernels few_joint_kernels(bool channels_last) {
 }
 }  // namespace cbn
 """
-SHAPE = (3, 2, 47, 43)
+SHAPE, WHOLE = (3, 2, 47, 43), (3, 8, 16, 20)  # chunks that are not whole, and that are
 CASES = tuple(
-    Case(SHAPE, training=training, data=data, layout=layout, activation="relu", residual=residual)
+    Case(shape, training=training, data=data, layout=layout, activation="relu", residual=residual)
     for layout in ("contiguous", "channels_last")
-    for training, data, residual in (
-        (True, "mixed", True),
-        (True, "equal", False),
-        (False, "mixed", False),
+    for shape, training, data, residual in (
+        (SHAPE, True, "mixed", True),
+        (SHAPE, True, "equal", False),
+        (SHAPE, False, "mixed", False),
+        (WHOLE, True, "mixed", True),
+        (WHOLE, True, "equal", False),
     )
 )
 # More channels than a block's warps add up between two flushes, and few of them; points that fill no block; moments
@@ -87,8 +89,8 @@ MUTATIONS = [
     Mutation(
         "no barrier before coefficients are used",
         "posterior.cuh",
-        "    __syncthreads();\n\n    if (M == 1 || (!C::kGeneralOnly && !*shared.flag)) return true;",
-        "    if (M == 1 || (!C::kGeneralOnly && !*shared.flag)) return true;",
+        "      __syncthreads();\n      if (C::M == 1 || !bounded || !*shared.flag) return bounded;",
+        "      if (C::M == 1 || !bounded || !*shared.flag) return bounded;",
         "streaming",
         WRONG + "|" + OUT_OF_BOUNDS,  # coefficients are not there, nor the number of the widest component
     ),
@@ -127,16 +129,16 @@ MUTATIONS = [
     Mutation(
         "a barrier that some threads skip",
         "posterior.cuh",
-        "    if (M == 1 || (!C::kGeneralOnly && !*shared.flag)) return true;",
-        "    if (threadIdx.x % 2 == 0 && !*shared.flag) return true;\n    __syncthreads();",
+        "      if (C::M == 1 || !bounded || !*shared.flag) return bounded;",
+        "      if (threadIdx.x % 2 == 0) return bounded;\n      __syncthreads();",
         "no clusters",
         "waits at __syncthreads",
     ),
     Mutation(
         "no step to the next image",
         "points.cuh",
-        "      ++image;\n      if (!C::kChannelsLast) offset += (block.a.channels - 1) * block.a.spatial;",
-        "      ++image;",
+        "    offset += wraps ? offset_of_wrap : offset_of_step;",
+        "    offset += offset_of_step;",
         "no clusters",
         WRONG,
     ),
@@ -184,16 +186,16 @@ MUTATIONS = [
     Mutation(
         "copies that are not waited for",
         "kernels.cuh",
-        "wait_for_copies<kChunksAhead, kMoreChunksAhead>",
-        "wait_for_copies<kChunksAhead + 1, kMoreChunksAhead + 1>",
-        "streaming",
+        "wait_for_copies<kResidentChunksAhead>",
+        "wait_for_copies<kResidentChunksAhead + 1>",
+        "no clusters",
         "ends before its copies to shared memory",
     ),
     Mutation(
         "points beyond the end",
         "points.cuh",
-        "  if (point >= block.length) return 0;",
-        "",
+        "    return point() < length() ? static_cast<int>((length() - 1 - point()) / step()) + 1 : 0;",
+        "    return iterations();",
         "no clusters",
         WRONG + "|" + OUT_OF_BOUNDS,
     ),
@@ -202,8 +204,41 @@ MUTATIONS = [
         "launch.h",
         "const int64_t bytes = slots * plan.threads",
         "const int64_t bytes = (slots - 1) * plan.threads",
-        "streaming",
+        "no clusters",
         OUT_OF_BOUNDS + "|for an address in the block's shared memory",
+    ),
+    Mutation(
+        "weights of points that do not exist",
+        "kernels.cuh",
+        "      if (v >= count) factor = 0;\n",
+        "",
+        "streaming",
+        WRONG,
+    ),
+    Mutation(
+        "the next channel's widest component",
+        "coefficients.cuh",
+        ">> (threadIdx.x % kWarp / C::M * C::M);",
+        ">> ((threadIdx.x % kWarp / C::M * C::M + C::M) % kWarp);",
+        "streaming",
+        WRONG,
+    ),
+    Mutation(
+        "odds that are taken for bounded",
+        "posterior.cuh",
+        "is_near(odds, first, origin))) *shared.flag = 1;",
+        "is_near(odds, first, origin))) *shared.flag = 0;",
+        "streaming",
+        WRONG,
+        (Case(WHOLE, data="apart"),),
+    ),
+    Mutation(
+        "the first chunk's place for those loaded with it",
+        "kernels.cuh",
+        "visit(walk.at(places[i]), x[i]",
+        "visit(walk.at(places[0]), x[i]",
+        "streaming",
+        WRONG,
     ),
     Mutation(
         "no barrier before the points' sums are merged",

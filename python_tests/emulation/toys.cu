@@ -69,6 +69,14 @@ __global__ void warp_sum(double* out) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = i + f + d;
 }
 
+// Of the third of eight neighbours: its number in the warp, less that of the first.
+__global__ void neighbour(double* out) {
+  const double lane = threadIdx.x % 32;
+  out[blockIdx.x * blockDim.x + threadIdx.x] = __shfl_sync(kAll, lane, 3, 8) - (threadIdx.x % 32 / 8) * 8;
+}
+
+__global__ void no_such_neighbour(double* out) { *out = __shfl_sync(kAll, 1.0, 8, 8); }
+
 // The bits of the lanes whose index 3 divides.
 __global__ void ballot(double* out) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = __ballot_sync(kAll, threadIdx.x % 32 % 3 == 0);
@@ -158,8 +166,12 @@ struct Pair {
 };
 
 __global__ void misaligned_pack(double* out) {
-  store_global(out, 0.0);
-  store_global(reinterpret_cast<Pair*>(out + 1), Pair{});
+  store_at_once<true>(out, 0.0);
+  store_at_once<false>(reinterpret_cast<Pair*>(out + 1), Pair{});
+}
+
+__global__ void misaligned_load(double* out) {
+  *out = load_at_once(reinterpret_cast<const Pair*>(out + 1)).values[0];
 }
 
 __global__ void misaligned_copy(double* out) { copy_async(shared_doubles() + 1, out, 16); }
@@ -205,6 +217,8 @@ void run(const std::string& name, double* out, const Launch& shape) {
   if (name == "missing_lane") return start(missing_lane);
   if (name == "lane_at_another_shuffle") return start(lane_at_another_shuffle);
   if (name == "lane_at_barrier") return start(lane_at_barrier);
+  if (name == "neighbour") return start(neighbour);
+  if (name == "no_such_neighbour") return start(no_such_neighbour);
   if (name == "part_of_warp") return start(part_of_warp);
   if (name == "read_without_barrier") return start(read_without_barrier);
   if (name == "shared_out_of_bounds") return start(shared_out_of_bounds);
@@ -213,6 +227,7 @@ void run(const std::string& name, double* out, const Launch& shape) {
   if (name == "no_such_block") return start(no_such_block);
   if (name == "not_shared") return start(not_shared);
   if (name == "misaligned_pack") return start(misaligned_pack);
+  if (name == "misaligned_load") return start(misaligned_load);
   if (name == "misaligned_copy") return start(misaligned_copy);
   if (name == "misaligned_shared") return start(misaligned_shared);
   if (name == "failed_check") return start(failed_check);

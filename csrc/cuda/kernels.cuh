@@ -154,7 +154,7 @@ struct Kept {
  private:
   template <bool kWhole>
   __device__ __forceinline__ void fetch(int i) {
-    if (i < block.iterations() && ahead.point < block.length()) {
+    if (i < block.iterations() && ahead.point < block.length() && ahead.template count<kWhole>() > 0) {
       Chunk* const slot = own + i * blockDim.x;
       ahead.template fetch<kWhole>(slot, block.a.x);
       // What is kept is for the second pass too.

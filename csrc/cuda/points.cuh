@@ -156,10 +156,11 @@ struct Walk : Place<OffsetType> {
     offset += wraps ? offset_of_wrap : offset_of_step;
   }
 
-  // Elements of a chunk with points that exist; the first ones.
+  // Elements of the chunk that exist; the first ones. Of a whole chunk that exists, all.
   template <bool kWhole>
   __device__ __forceinline__ int count() const {
     if (kWhole) return V;
+    if (point >= block.length()) return 0;
     const int64_t left = C::kChannelsLast ? block.a.channels - block.channel() : block.length() - point;
     return left < 0 ? 0 : left < V ? static_cast<int>(left) : V;
   }

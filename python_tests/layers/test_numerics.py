@@ -1,6 +1,7 @@
 """Accuracy where it is hard: 16 bits, large means, constant channels, lost components, outliers, NaN, long sums."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from python_tests.support import oracle
 from python_tests.support.cases import Case, expected, run
 from python_tests.support.tolerances import assert_close, roundoff
 
+EPS = 1e-5
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
@@ -270,3 +272,79 @@ def test_long_sums(backend, mode):
     added = grad.double().abs().sum((0, 2, 3))
     for mine, theirs in zip(by_affine, exact_by_affine, strict=True):
         assert ((mine - theirs).abs() <= 10 * roundoff(x.dtype) * added).all()
+
+
+# Mixtures of which every formula must keep its digits: standard deviations of the means, and of the variances'
+# logarithms; or the distance of all from each other. Beside them the errors that float32 may have, in units of a
+# channel's largest value: the median over the channels, and the largest.
+MIXTURES = {
+    "ordinary": ((1, 1), 1e-6, 1e-5),
+    "narrow and wide": ((3, 4), 5e-6, 2e-4),
+    "far": ((8, 2), 5e-6, 1e-4),
+    "nearly equal": ((1e-3, 1e-3), 5e-7, 2e-6),
+    "equal but for rounding": ((1e-7, 1e-7), 1e-6, 5e-6),
+}
+
+
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_gradients_of_hard_mixtures(backend, memory_format, mixture, detach):
+    (of_means, of_variances), median, largest = MIXTURES[mixture]
+    components, channels = 4, 64
+    mean, log_var = torch.randn(2, components, channels)
+    running = torch.softmax(torch.randn(components, channels), 0), of_means * mean, (of_variances * log_var).exp()
+    x, grad = drawn_from(*running, shape=(8, channels, 8, 8))
+    assert_gradients(x.contiguous(memory_format=memory_format), grad, running, detach, median, largest)
+
+
+@pytest.mark.parametrize("reach", [1020, 1028, 4000, 1e5])
+def test_gradients_of_odds_centred_far_from_the_data(backend, reach):
+    """Two variances as good as equal: the parabola of the odds is wide, its centre so many deviations away."""
+    var = torch.tensor([[1.0], [1 - 2e-6]]).expand(2, 16)
+    excess = 1 / (var[1] + EPS) - 1 / (var[0] + EPS)
+    distance = reach * (1 + EPS) ** 0.5 * excess * (var[1] + EPS)
+    running = torch.full((2, 16), 0.5), torch.stack([torch.zeros(16), distance]).float(), var
+    x, grad = drawn_from(*running, shape=(8, 16, 8, 8))
+    assert_gradients(x, grad, running, False, 1e-6, 5e-6)
+
+
+@pytest.mark.parametrize("height", [59.5, 60.5])
+def test_gradients_of_odds_as_large_as_they_may_be(backend, height):
+    """Above 2^60 they are no longer exponentiated as they are."""
+    var = torch.tensor([1.0, 0.25]).to(torch.float64) + EPS
+    precision = math.log2(math.e) / (2 * var)
+    factor = precision[0] * precision[1] / (precision[1] - precision[0])
+    distance = ((height - 0.5 * math.log2(var[0] / var[1])) / factor) ** 0.5
+    running = (
+        torch.full((2, 16), 0.5),
+        torch.tensor([0, distance]).float().view(2, 1).expand(2, 16),
+        (var - EPS).float().view(2, 1).expand(2, 16),
+    )
+    x, grad = drawn_from(*running, shape=(8, 16, 8, 8))
+    assert_gradients(x, grad, running, False, 5e-6, 2e-5)
+
+
+def drawn_from(prior, mean, var, shape):
+    """Points of the mixtures (M, C) and a gradient, of a shape (N, C, H, W)."""
+    n, channels, *size = shape
+    component = torch.multinomial(prior.T, n * math.prod(size), replacement=True).T  # (P, C)
+    x = mean.gather(0, component) + var.gather(0, component).sqrt() * torch.randn(component.shape)
+    return x.view(n, *size, channels).movedim(-1, 1).contiguous(), torch.randn(shape)
+
+
+def assert_gradients(x, grad, running, detach, median, largest):
+    """In evaluation, where nothing but the formula has an error, with random affine pairs."""
+    weight, bias = 1 + 0.5 * torch.randn(running[0].shape), torch.randn(running[0].shape)
+
+    def gradient(dtype, function):
+        arguments = (t.to(dtype) for t in (x, *running, weight, bias))
+        leaf, *others = arguments
+        leaf.requires_grad_()
+        return torch.autograd.grad(function(leaf, *others), leaf, grad.to(dtype))[0]
+
+    options = {"eps": EPS, "detach_responsibility": detach}
+    actual = gradient(torch.float32, lambda *a: compound_batch_norm(*a, **options))
+    wanted = gradient(torch.float64, lambda *a: oracle.evaluate(*a, **options))
+    errors = (actual - wanted).abs().amax((0, 2, 3)) / wanted.abs().amax((0, 2, 3))
+    assert errors.median() <= median and errors.max() <= largest, (errors.median(), errors.max())

@@ -57,10 +57,10 @@ train: $(BUILT)  ## train a compound network on long-tailed digits and report it
 test: $(BUILT)  ## run the tests
 	$(RUN) -m pytest
 
-bench: $(BUILT)  ## measure speed and memory against nn.BatchNorm2d and the reference
+bench: $(BUILT)  ## measure layers and training steps against nn.BatchNorm2d
 	$(RUN) -m bench
 
-gpu: | $(INSTALLED)  ## on a machine with a GPU: build, run the short tests, measure the CUDA operators
+gpu: | $(INSTALLED)  ## on a machine with a GPU: build, run the short tests, measure layers and networks
 	$(call CHECK_PYTHON,$(RUN))
 	$(RUN) -m python_tests.gpu first
 
@@ -68,7 +68,7 @@ gpu-rest: | $(INSTALLED)  ## there: run the long tests, compute-sanitizer and th
 	$(call CHECK_PYTHON,$(RUN))
 	$(RUN) -m python_tests.gpu rest
 
-gpu-sweep: | $(INSTALLED)  ## there: compare constants of the launch planning, measure whole networks
+gpu-sweep: | $(INSTALLED)  ## there: compare constants of the launch planning, measure networks for longer
 	$(call CHECK_PYTHON,$(RUN))
 	$(RUN) -m python_tests.gpu sweep
 

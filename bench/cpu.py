@@ -37,6 +37,8 @@ from bench.providers import (
 from bench.report import Environment, Report, Table, Target, number, target_table, versions
 
 THREADS = 2
+#: The system's load average before anything was measured: what other processes do.
+LOAD = os.getloadavg()[0]
 SHAPES = ((128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (16, 256, 56, 56))
 
 _LAYERS = (
@@ -63,7 +65,6 @@ def run(folder: Path) -> None:
         WrongResultError: a provider computes something else than the reference.
         RuntimeError: there are no native operators.
     """
-    load = os.getloadavg()[0]
     torch.set_num_threads(THREADS)
     times: list[TimeRow] = []
     memory: list[MemoryRow] = []
@@ -73,7 +74,7 @@ def run(folder: Path) -> None:
             rows = compare(comparison)
             times += rows[0]
             memory += rows[1]
-    report = make_report(environment(), load, times, memory)
+    report = make_report(environment(), LOAD, times, memory)
     report.show()
     report.write(folder)
 
@@ -137,7 +138,6 @@ def cpu_model() -> str:
 
 def make_report(e: Environment, load: float, times: list[TimeRow], memory: list[MemoryRow]) -> Report:
     """What was measured. load: the system's load average before the run."""
-    warning = f"The load average before the run was {load:.1f}: other processes disturb these times."
     return Report(
         kind="cpu",
         environment=e,
@@ -151,8 +151,14 @@ def make_report(e: Environment, load: float, times: list[TimeRow], memory: list[
         ],
         text=_HOW,
         pictures={"": (times, e["device"])},
-        warnings=[warning] if load > 0.5 else [],
+        warnings=load_warnings(load),
     )
+
+
+def load_warnings(load: float) -> list[str]:
+    """What a reader must know of a system that was not idle."""
+    warning = f"The load average before the run was {load:.1f}: other processes disturb these times."
+    return [warning] if load > 0.5 else []
 
 
 def targets(times: list[TimeRow], memory: list[MemoryRow]) -> list[Target]:

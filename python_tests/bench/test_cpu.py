@@ -186,7 +186,7 @@ def test_a_target_that_was_not_measured_says_so():
     ("command", "part", "arguments"),
     [
         ("cuda --seconds 90", "cuda.report", (90.0, RESULTS, False)),
-        ("cuda --sweep", "cuda.report", (280, RESULTS, True)),
+        ("cuda --sweep", "cuda.report", (480, RESULTS, True)),
         ("network --device cpu --seconds 5", "network", ("cpu", 5.0, RESULTS)),
         ("sass", "sass.report", (None, RESULTS)),
         ("cpu", "cpu", (RESULTS,)),
@@ -200,6 +200,26 @@ def test_a_command_runs_its_part_alone(monkeypatch, command, part, arguments):
     with pytest.raises(SystemExit) if part in ("cuda.report", "network") else nullcontext():
         main()
     assert called == [(part, arguments)]
+
+
+@pytest.mark.parametrize(("gpu", "status"), [(False, 0), (False, 1), (True, 0), (True, 1)])
+def test_a_command_without_a_part_runs_layers_and_networks_on_what_is_there(monkeypatch, gpu, status):
+    """status: that of the networks on the CPU, which does not end the run."""
+    called = []
+
+    def run_network(device, seconds, folder):
+        called.append(f"network on {device}")
+        return status * (device == "cpu")
+
+    monkeypatch.setattr("bench.cpu.run", lambda folder: called.append("cpu"))
+    monkeypatch.setattr("bench.cuda.report.run", lambda *_: called.append("cuda") or 0)
+    monkeypatch.setattr("bench.network.run", run_network)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr("sys.argv", ["bench"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == status
+    assert called == ["cpu", "network on cpu"] + ["cuda", "network on cuda"] * gpu
 
 
 def test_environment_tells_the_machine():

@@ -139,6 +139,13 @@ def test_steps_after_one_that_failed_run_and_the_end_tells(run, tmp_path):
     assert max(map(len, summary)) <= 160
 
 
+def test_share_of_the_time_that_is_left(run, tmp_path):
+    shared = {"command": ["echo", "{seconds}"], "share": 0.5}
+    run({"name": "part", **shared}, {"name": "shorter", "seconds": 30, **shared})
+    assert 0.4 * TOTAL_SECONDS < int((tmp_path / LOGS / "part.log").read_text()) + 20 <= 0.5 * TOTAL_SECONDS
+    assert (tmp_path / LOGS / "shorter.log").read_text() == "10\n"
+
+
 def test_build_that_fails_is_the_end(run):
     compiled = "echo 'FAILED: [code=1] x.o'; echo 'x.cu(12): error: wrong'; echo 'error: all'; exit 1"
     status, _, summary = run(("build", compiled), ("tests", "true"))
@@ -386,7 +393,10 @@ def test_plan(name, monkeypatch):
     assert len({step.name for step in planned}) == len(planned)
     assert planned[-1].seconds == TOTAL_SECONDS
     if name == "first":
-        assert sum(step.seconds for step in planned[:-1]) < TOTAL_SECONDS - steps.RESERVE
+        *others, layers, networks = planned
+        assert sum(step.seconds for step in others) < TOTAL_SECONDS - steps.RESERVE
+        assert (layers.name, networks.name) == ("bench", "network")
+        assert 0.5 < layers.share < 1
 
 
 def test_workers_where_they_are_installed(monkeypatch):

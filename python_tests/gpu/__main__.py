@@ -1,10 +1,11 @@
 """All that needs a GPU, in three runs of less than 9 minutes each: `python -m python_tests.gpu [first | rest | sweep]`.
 
-`first` (`make gpu`) builds for this GPU, runs the short tests and the benchmark; `rest` (`make gpu-rest`) runs the long
-tests, compute-sanitizer and the profiler; `sweep` (`make gpu-sweep`) compares constants of the launch planning and
-measures whole networks. The machine may be lent only once: a step that fails does not stop those after it, the end says
-what failed, and each step's output is in build/gpu/RUN/STEP.log. The environment variable GPU_OUT names a folder for an
-archive of it all, gpu-RUN.tgz, which is brought up to date while the run goes on.
+`first` (`make gpu`) builds for this GPU, runs the short tests and the benchmarks of layers and whole networks; `rest`
+(`make gpu-rest`) runs the long tests, compute-sanitizer and the profiler; `sweep` (`make gpu-sweep`) compares constants
+of the launch planning, and gives the networks the time that is left. The machine may be lent only once: a step that
+fails does not stop those after it, the end says what failed, and each step's output is in build/gpu/RUN/STEP.log. The
+environment variable GPU_OUT names a folder for an archive of it all, gpu-RUN.tgz, which is brought up to date while the
+run goes on.
 """
 
 import argparse
@@ -114,7 +115,7 @@ class Run:
 
     def run(self, step: Step) -> Outcome:
         begin = time.monotonic()
-        limit = min(step.seconds, TOTAL_SECONDS - (begin - self.start))
+        limit = min(step.seconds, step.share * (TOTAL_SECONDS - (begin - self.start)))
         if limit < SHORTEST_SECONDS:
             return Outcome(0, "no time left")
         log = self.logs / f"{step.name}.log"

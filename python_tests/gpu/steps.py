@@ -12,6 +12,7 @@ TOTAL_SECONDS = 525
 #: A step that is told its time is told less by so many seconds, for its report.
 RESERVE = 20
 TESTS = "python_tests/gpu"
+BENCH = [sys.executable, "-m", "bench"]
 #: What the mangled names of our kernels contain and no others do: PyTorch's are neither examined nor profiled.
 KERNELS = "3cbn"
 
@@ -33,6 +34,7 @@ class Step:
     seconds: the longest that it may take; it never takes more than is left of TOTAL_SECONDS.
     proof: a regular expression that its output must match, or it has not done its work; what matches is shown.
     must_fail: it holds a planted error: an exit status of 0 is the failure.
+    share: the part that it may take of what is left of TOTAL_SECONDS.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
     proof: str = ""
     must_fail: bool = False
+    share: float = 1.0
 
 
 def steps(run: str, device: Device) -> list[Step]:
@@ -70,7 +73,8 @@ def _first(_: Device) -> list[Step]:
         _tests("table", 110, "test_table.py", *workers, "-k", "not sizes_of_networks"),
         _tests("execution", 60, "test_execution.py", "-k", "not memory"),
         _tests("operators", 90, *_other_files(), *workers, "-k", "not more_than_two"),
-        Step("bench", [sys.executable, "-m", "bench", "cuda", "--seconds", "{seconds}"]),
+        Step("bench", [*BENCH, "cuda", "--seconds", "{seconds}"], share=2 / 3),
+        Step("network", [*BENCH, "network", "--seconds", "{seconds}"]),
     ]
 
 
@@ -109,10 +113,9 @@ def _rest(device: Device) -> list[Step]:
 
 
 def _sweep(_: Device) -> list[Step]:
-    bench = [sys.executable, "-m", "bench"]
     return [
-        Step("sweep", [*bench, "cuda", "--sweep", "--seconds", "{seconds}"], 330),
-        Step("network", [*bench, "network", "--seconds", "{seconds}"]),
+        Step("sweep", [*BENCH, "cuda", "--sweep", "--seconds", "{seconds}"], 330),
+        Step("network", [*BENCH, "network", "--seconds", "{seconds}"]),
     ]
 
 

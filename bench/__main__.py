@@ -23,7 +23,7 @@ def main() -> None:
     parts = ("cpu", "cuda", "network", "sass")
     parser.add_argument("part", nargs="?", choices=parts, help="default: cpu and cuda, with network on each")
     parser.add_argument(
-        "--seconds", type=float, default=480, help="time for cuda, and for network; what is left out is reported"
+        "--seconds", type=float, default=600, help="time for cuda, and for network; what is left out is reported"
     )
     parser.add_argument("--sweep", action="store_true", help="cuda: compare the operators' paths and constants")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of network")

@@ -39,8 +39,10 @@ NORMS = {BATCHNORM: None} | {
 MEASURED = {EAGER: tuple(NORMS), COMPILED: (BATCHNORM, f"{OURS} M=4", f"{OURS} M=4 fused")}
 #: Depths of the ResNets for small images, which are those of `train`; the others are torchvision's.
 CIFAR = {"resnet20": 20, "resnet32": 32}
-#: Steps that are queued before the device is waited for, as in training, where the host runs ahead of a GPU.
+#: Steps of a sample, queued before the device is waited for, as in training, where the host runs ahead of a GPU.
 _QUEUED = {"cpu": 1, "cuda": 5}
+#: Samples of a network, at most.
+_SAMPLES = {"cpu": 6, "cuda": 16}
 
 
 class Network(NamedTuple):
@@ -171,7 +173,7 @@ def environment(device: str) -> Environment:
 
 
 def measure(network: Network, device: str, seconds: float) -> list[NetworkRow]:
-    """The times of a step with each kind of normalization, which take turns for about `seconds`."""
+    """The times of a step with each kind of normalization, which take turns for `seconds` at most, or four rounds."""
     synchronize = torch.cuda.synchronize if device == "cuda" else torch.cpu.synchronize
     queued = _QUEUED[device]
 
@@ -187,7 +189,7 @@ def measure(network: Network, device: str, seconds: float) -> list[NetworkRow]:
     steps = {norm: training_step(network, norm, device) for norm in MEASURED[network.execution]}
     for step in steps.values():  # the next one finds its memory and SGD's momenta there
         step()
-    timed = time_interleaved(steps, wall_clock, seconds / 100 / queued, seconds / queued, max_rounds=6)
+    timed = time_interleaved(steps, wall_clock, 0.0, seconds / queued, _SAMPLES[device])  # one sample a turn
     times = {norm: t[BOTH] for norm, t in timed.items()}
     unit = times[BATCHNORM].median_us
     return [
@@ -310,9 +312,9 @@ _HOW = """## How this was measured
 
 - A step is the forward pass, cross entropy, the backward pass and SGD with momentum (`optimizer.step`), in training
   mode, on one batch of random images. *bfloat16* is that of `torch.autocast`; the parameters are float32.
-- One process; the networks of a line take turns in rounds, every other round in the reverse order. Of a turn of
-  several samples the first is not counted. A sample is one step on the CPU; on a GPU it is the mean of five, which are
-  queued before the device is waited for.
+- One process; the networks of a line take turns in rounds, every other round in the reverse order. A sample is one step
+  on the CPU; on a GPU it is the mean of five, which are queued before the device is waited for. Steps before the first
+  round, in which networks are compiled and memory is found, are not counted.
 - *fused*: `convert_compound_batchnorm(..., fuse=True)` takes ReLUs and residual sums into the layers; *joint*: one
   mixture over the channels of a point.
 - *resnet20* and *resnet32* are the ResNets for small images of `train`, the others torchvision's.

@@ -186,7 +186,7 @@ def test_a_target_that_was_not_measured_says_so():
     ("command", "part", "arguments"),
     [
         ("cuda --seconds 90", "cuda.report", (90.0, RESULTS, False)),
-        ("cuda --sweep", "cuda.report", (480, RESULTS, True)),
+        ("cuda --sweep", "cuda.report", (600, RESULTS, True)),
         ("network --device cpu --seconds 5", "network", ("cpu", 5.0, RESULTS)),
         ("sass", "sass.report", (None, RESULTS)),
         ("cpu", "cpu", (RESULTS,)),

@@ -11,9 +11,6 @@ namespace {
 constexpr int kColumnsPerFlush = 32;
 // Channels ahead whose points are asked for: they lie too far away for the processor to foresee them.
 constexpr int kChannelsAhead = 2;
-// Exponents below which a weight is 0: processors take a hundred times as long for numbers below the normal ones.
-template <class S>
-constexpr double kLeastExponent = std::is_same_v<S, double> ? -1022 : -126;
 // Vectors of a tile, whose sums stay in the nearest cache while the tile's columns go by.
 constexpr int kTileVectors = 32;
 
@@ -127,10 +124,7 @@ void weigh_points(const Work& work, int64_t begin, int64_t end) {
           for (int m = 0; m < work.components; ++m) p[m][l] = static_cast<S>(log_density(m) - top);
         }
         for (int m = 0; m < work.components; ++m) {
-          const V exponent = p[m];
-          p[m] = Math<V>::exp2(exponent);
-          for (int l = 0; l < kLanes; ++l)
-            if (static_cast<double>(exponent[l]) < kLeastExponent<S>) p[m][l] = 0;
+          p[m] = Math<V>::exp2(p[m]);
           sum = sum + p[m];
         }
         const V factor = Math<V>::reciprocal(sum);

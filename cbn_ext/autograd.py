@@ -14,10 +14,8 @@ from . import reference
 
 
 def _inputs(function: type[torch.autograd.Function]) -> tuple[str, ...]:
-    """Names of a Function's inputs. Keeps its forward's signature, which torch would else read anew in each call."""
-    signature = inspect.signature(function.forward)
-    function.forward.__signature__ = signature
-    return tuple(signature.parameters)
+    """Names of a Function's inputs."""
+    return tuple(inspect.signature(function.forward).parameters)
 
 
 def _gradients(ctx, inputs: tuple[str, ...], **gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -26,10 +24,21 @@ def _gradients(ctx, inputs: tuple[str, ...], **gradients: Tensor) -> tuple[Tenso
     return tuple(gradients.get(name) if needed else None for name, needed in asked)
 
 
-class Normalize(torch.autograd.Function):
-    """Forward of every mode and backend. Saves x, the ReLU's mask, per-channel tensors and a joint posterior."""
+class _Function(torch.autograd.Function):
+    """A Function whose inputs are given by position, all of them."""
 
     generate_vmap_rule = True
+
+    @classmethod
+    def apply(cls, *inputs):
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*inputs)
+        # Past torch's own, which binds the inputs to forward's signature: that takes longer than a small map.
+        return super(torch.autograd.Function, cls).apply(*inputs)
+
+
+class Normalize(_Function):
+    """Forward of every mode and backend. Saves x, the ReLU's mask, per-channel tensors and a joint posterior."""
 
     @staticmethod
     def forward(x, residual, groups, prior, mean, var, weight, bias, options, backend):
@@ -48,15 +57,16 @@ class Normalize(torch.autograd.Function):
     def backward(ctx, grad, *_):
         if grad is None:
             return _gradients(ctx, _NORMALIZE_INPUTS)
-        dx, dresidual, dweight, dbias = NormalizeBackward.apply(grad, *ctx.saved_tensors, ctx.options, ctx.backend)
-        dresidual = grad if ctx.saved_tensors[1] is None else dresidual  # without a mask it is the output's gradient
+        saved = ctx.saved_tensors
+        # Only a gradient that is differentiated in turn needs a graph.
+        gradients = NormalizeBackward.apply if torch.is_grad_enabled() else NormalizeBackward.forward
+        dx, dresidual, dweight, dbias = gradients(grad, *saved, ctx.options, ctx.backend)
+        dresidual = grad if saved[1] is None else dresidual  # without a mask it is the output's gradient
         return _gradients(ctx, _NORMALIZE_INPUTS, x=dx, residual=dresidual, weight=dweight, bias=dbias)
 
 
-class NormalizeBackward(torch.autograd.Function):
+class NormalizeBackward(_Function):
     """Backward of `Normalize`, differentiable in turn through the composite formula."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(grad, x, mask, groups, posterior, running, batch, weight, bias, options, backend):

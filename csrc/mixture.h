@@ -1,9 +1,9 @@
 // Compound batch normalization, per element: every formula once, for the host and the device.
 //
 // T is a scalar or a vector of lanes; a lane is one point x of one channel, or of several channels side by side.
-// Statistics of a channel are prepared in double by the functions that take and give `double`; the element functions
-// use them as T. Equations are those of "Compound Batch Normalization for Long-tailed Image Classification" (2022).
-// Neither ATen nor the CUDA runtime is used here.
+// Statistics of a channel are prepared in D, double or a vector of doubles of neighbouring channels; the element
+// functions use them as T. Equations are those of "Compound Batch Normalization for Long-tailed Image Classification"
+// (2022). Neither ATen nor the CUDA runtime is used here.
 #pragma once
 
 #include <cmath>
@@ -47,6 +47,29 @@ constexpr double kLn2 = 0.6931471805599453;
 template <class T>
 struct Math;
 
+// What D can do beyond arithmetic and comparisons. Vectors are specialised beside their `Math`.
+template <class D>
+struct Doubles;
+
+template <>
+struct Doubles<double> {
+  static CBN_METHOD double sqrt(double x) { return std::sqrt(x); }
+  static CBN_METHOD double log2(double x) { return kLog2E * std::log(x); }
+  // `count` neighbours in memory, here one.
+  template <class S>
+  static CBN_METHOD double load(const S* from, int64_t) {
+    return static_cast<double>(*from);
+  }
+  template <class S>
+  static CBN_METHOD void store(S* to, int64_t, double x) {
+    *to = static_cast<S>(x);
+  }
+  template <class S>
+  static CBN_METHOD double rounded(double x) {
+    return static_cast<double>(static_cast<S>(x));
+  }
+};
+
 // ---------------------------------------------------------------------------------------------------------------------
 // E-step (eqs 8-9)
 //
@@ -76,44 +99,62 @@ struct LogOdds {
 CBN_INLINE int stored_at(int m, int widest) { return m == 0 ? widest : m == widest ? 0 : m; }
 
 // log2 (pi_m N(x; mu_m, v_m)) = peak - precision (x - mean)^2
-struct LogDensity {
-  double precision;
-  double peak;
-  double mean;
+template <class D>
+struct BasicLogDensity {
+  static constexpr int kRows = 3;
+  D precision;
+  D peak;
+  D mean;
+  CBN_METHOD D* row(int i) { return i == 0 ? &precision : i == 1 ? &peak : &mean; }
 };
+using LogDensity = BasicLogDensity<double>;
 
-CBN_INLINE double at_least(double x, double least) { return x > least ? x : least; }
+template <class D>
+CBN_INLINE D at_least(D x, D least) {
+  return x > least ? x : least;
+}
 
-CBN_INLINE double log_prior(double prior) { return kLog2E * std::log(at_least(prior, kPriorFloor)); }
+CBN_INLINE double log_prior(double prior) { return Doubles<double>::log2(at_least(prior, kPriorFloor)); }
 
-CBN_INLINE LogDensity log_density(double prior, double mean, double var, double eps) {
-  const double v = var + eps;
-  return {kLog2E / (2 * v), kLog2E * std::log(at_least(prior, kPriorFloor) / std::sqrt(v)), mean};
+template <class D>
+CBN_INLINE BasicLogDensity<D> log_density(D prior, D mean, D var, double eps) {
+  const D inverse = 1 / (var + eps), pi = at_least(prior, D{} + kPriorFloor);
+  return {kLog2E / 2 * inverse, 0.5 * Doubles<D>::log2(pi * pi * inverse), mean};
 }
 
 // One component's `height - (slope z + offset)^2` for points z = x - origin.
-using Parabola = LogOdds<double, 1>;
+template <class D>
+using BasicParabola = LogOdds<D, 1>;
+using Parabola = BasicParabola<double>;
 
-CBN_INLINE Parabola parabola(const LogDensity& component, double origin) {
-  const double slope = std::sqrt(component.precision);
-  return {slope, slope * (origin - component.mean), component.peak};
+template <class D>
+CBN_INLINE BasicParabola<D> parabola(const BasicLogDensity<D>& component, D origin) {
+  const D slope = Doubles<D>::sqrt(component.precision);
+  return {{slope}, {slope * (origin - component.mean)}, {component.peak}};
 }
 
 // A component's odds against the widest one. Variances that are equal differ by a little: the line that is left where
 // the means differ too has no bound.
-CBN_INLINE Parabola odds_parabola(const LogDensity& component, const LogDensity& widest, double origin) {
-  const double excess = at_least(component.precision - widest.precision, kLeastExcess * widest.precision);
-  const double u = component.mean - widest.mean, shift = component.precision * u / excess, slope = std::sqrt(excess);
-  return {slope, slope * (origin - widest.mean - shift), component.peak - widest.peak + u * shift * widest.precision};
+template <class D>
+CBN_INLINE BasicParabola<D> odds_parabola(const BasicLogDensity<D>& component, const BasicLogDensity<D>& widest,
+                                          D origin) {
+  const D excess = at_least(component.precision - widest.precision, kLeastExcess * widest.precision);
+  const D u = component.mean - widest.mean, shift = component.precision * u / excess, slope = Doubles<D>::sqrt(excess);
+  return {
+      {slope}, {slope * (origin - widest.mean - shift)}, {component.peak - widest.peak + u * shift * widest.precision}};
 }
 
-CBN_INLINE bool is_bounded(const Parabola& odds) { return *odds.height <= kBoundedOdds; }
+template <class D>
+CBN_INLINE auto is_bounded(const BasicParabola<D>& odds) {
+  return *odds.height <= kBoundedOdds;
+}
 
 // Whether the odds' centre is near the widest component, in the latter's standard deviations: what is then relative to
 // the centre keeps its digits (ExpandedGradient).
-CBN_INLINE bool is_near(const Parabola& odds, const LogDensity& widest, double origin) {
-  const double distance = *odds.offset / *odds.slope + (widest.mean - origin);
-  return distance * distance * widest.precision <= kNear * kNear * (kLog2E / 2);
+template <class D>
+CBN_INLINE auto is_near(const BasicParabola<D>& odds, const BasicLogDensity<D>& widest, D origin) {
+  const D distance = *odds.offset + *odds.slope * (widest.mean - origin);  // times the slope
+  return distance * distance * widest.precision <= kNear * kNear * (kLog2E / 2) * (*odds.slope * *odds.slope);
 }
 
 // p_m = pi_m N_m / sum_k pi_k N_k (eq 8), as e_m times the factor returned.
@@ -238,16 +279,18 @@ CBN_INLINE void accumulate(Moments<T, M>& sums, const T (&e)[M], T factor, T z) 
 }
 
 // A component of a channel; the variance is the biased one.
-struct Statistics {
-  double mass, mean, var;
+template <class D>
+struct BasicStatistics {
+  D mass, mean, var;
 };
+using Statistics = BasicStatistics<double>;
 
 // mean = origin + first / mass, var = second / mass - (first / mass)^2; without mass the running ones. NaN passes.
-CBN_INLINE Statistics batch_statistics(double mass, double first, double second, double origin,
-                                       const Statistics& running) {
-  if (mass < kMassFloor) return {mass, running.mean, running.var};
-  const double deviation = first / mass, var = second / mass - deviation * deviation;
-  return {mass, origin + deviation, var < 0 ? 0 : var};
+template <class D>
+CBN_INLINE BasicStatistics<D> batch_statistics(D mass, D first, D second, D origin, const BasicStatistics<D>& running) {
+  const D deviation = first / mass, var = second / mass - deviation * deviation;
+  const auto absent = mass < kMassFloor;
+  return {mass, absent ? running.mean : origin + deviation, absent ? running.var : var < 0 ? D{} : var};
 }
 
 // Statistics of two parts of a batch to those of both (Chan, Golub, LeVeque 1979). A part without mass has the running
@@ -271,9 +314,13 @@ struct Branches {
   CBN_METHOD T* row(int i) { return i == 0 ? scale : offset; }
 };
 
-CBN_INLINE double branch_scale(double weight, double var, double eps) { return weight / std::sqrt(var + eps); }
+template <class D>
+CBN_INLINE D branch_scale(D weight, D var, double eps) {
+  return weight / Doubles<D>::sqrt(var + eps);
+}
 
-CBN_INLINE double branch_offset(double scale, double bias, double mean, double origin) {
+template <class D>
+CBN_INLINE D branch_offset(D scale, D bias, D mean, D origin) {
   return bias - (mean - origin) * scale;
 }
 
@@ -314,9 +361,9 @@ CBN_INLINE void accumulate(GradientSums<T, M>& sums, const T (&e)[M], T factor, 
   }
 }
 
-CBN_INLINE double weight_gradient(double sum_bias, double sum_first, double mean, double origin, double var,
-                                  double eps) {
-  return (sum_first - (mean - origin) * sum_bias) / std::sqrt(var + eps);
+template <class D>
+CBN_INLINE D weight_gradient(D sum_bias, D sum_first, D mean, D origin, D var, double eps) {
+  return (sum_first - (mean - origin) * sum_bias) / Doubles<D>::sqrt(var + eps);
 }
 
 // Backward of the input. With d = x - mu, dL/dmu = -r gamma dL/dbeta, dL/dvar = -r^2 gamma dL/dgamma / 2 and mass n:
@@ -348,12 +395,14 @@ CBN_INLINE T combine(const InputGradient<T, M>& in, const T (&p)[M], T z) {
   return y;
 }
 
-CBN_INLINE double mean_gradient(double scale, double grad_bias, double mass) {
-  return mass < kMassFloor ? 0 : -scale * grad_bias / mass;
+template <class D>
+CBN_INLINE D mean_gradient(D scale, D grad_bias, D mass) {
+  return mass < kMassFloor ? D{} : -scale * grad_bias / mass;
 }
 
-CBN_INLINE double variance_gradient(double scale, double grad_weight, double var, double eps, double mass) {
-  return mass < kMassFloor ? 0 : -0.5 * scale * grad_weight / std::sqrt(var + eps) / mass;
+template <class D>
+CBN_INLINE D variance_gradient(D scale, D grad_weight, D var, double eps, D mass) {
+  return mass < kMassFloor ? D{} : -0.5 * scale * grad_weight / Doubles<D>::sqrt(var + eps) / mass;
 }
 
 // sum p f', and each f.
@@ -394,9 +443,10 @@ struct DirectGradient {
   CBN_METHOD T* row(int i) { return i < 2 ? branches.row(i) : i == 2 ? slope : constant; }
 };
 
-CBN_INLINE DirectGradient<double, 1> direct_gradient(const InputGradient<double, 1>& of) {
-  const double slope = 2 * *of.quadratic;
-  return {{*of.scale, *of.bias - *of.scale * *of.centre}, slope, *of.linear - slope * *of.centre};
+template <class D>
+CBN_INLINE DirectGradient<D, 1> direct_gradient(const InputGradient<D, 1>& of) {
+  const D slope = 2 * *of.quadratic;
+  return {{{*of.scale}, {*of.bias - *of.scale * *of.centre}}, {slope}, {*of.linear - slope * *of.centre}};
 }
 
 // To be multiplied by the factor of e.
@@ -432,25 +482,27 @@ struct ExpandedGradient {
   }
 };
 
-CBN_INLINE ExpandedGradient<double, 1> expanded_gradient(const InputGradient<double, 1>& widest) {
-  const DirectGradient<double, 1> direct = direct_gradient(widest);
-  return {{0, 0, 0}, direct.branches, *direct.slope, *direct.constant, 0, 0};
+template <class D>
+CBN_INLINE ExpandedGradient<D, 1> expanded_gradient(const InputGradient<D, 1>& widest) {
+  const DirectGradient<D, 1> direct = direct_gradient(widest);
+  return {{}, direct.branches, {*direct.slope}, {*direct.constant}, {}, {}};
 }
 
 // Of another component, by its odds against the widest.
-CBN_INLINE ExpandedGradient<double, 1> expanded_gradient(const InputGradient<double, 1>& of,
-                                                         const InputGradient<double, 1>& widest, const Parabola& odds) {
-  const double width = 1 / *odds.slope, centre = -*odds.offset * width;
-  const double d = centre - *of.centre, e = centre - *widest.centre;
-  const auto value = [](const InputGradient<double, 1>& in, double at) {
+template <class D>
+CBN_INLINE ExpandedGradient<D, 1> expanded_gradient(const InputGradient<D, 1>& of, const InputGradient<D, 1>& widest,
+                                                    const BasicParabola<D>& odds) {
+  const D width = 1 / *odds.slope, centre = -*odds.offset * width;
+  const D d = centre - *of.centre, e = centre - *widest.centre;
+  const auto value = [](const InputGradient<D, 1>& in, D at) {
     return (*in.linear + *in.quadratic * at) * at + *in.constant;
   };
-  return {{*odds.slope, *odds.offset, *odds.height + kLog2E * std::log(*odds.slope)},
-          {(*of.scale - *widest.scale) * width, *of.scale * d + *of.bias - (*widest.scale * e + *widest.bias)},
-          (*of.quadratic - *widest.quadratic) * width * width,
-          (*of.linear + 2 * *of.quadratic * d - (*widest.linear + 2 * *widest.quadratic * e)) * width,
-          value(of, d) - value(widest, e),
-          width};
+  return {{{*odds.slope}, {*odds.offset}, {*odds.height + Doubles<D>::log2(*odds.slope)}},
+          {{(*of.scale - *widest.scale) * width}, {*of.scale * d + *of.bias - (*widest.scale * e + *widest.bias)}},
+          {(*of.quadratic - *widest.quadratic) * width * width},
+          {(*of.linear + 2 * *of.quadratic * d - (*widest.linear + 2 * *widest.quadratic * e)) * width},
+          {value(of, d) - value(widest, e)},
+          {width}};
 }
 
 // A point's weights in these terms: e_m slope_m and t_m of all but the widest component, and the sum of all e.
@@ -505,9 +557,10 @@ struct Scores {
   CBN_METHOD T* row(int i) { return i == 0 ? slope : offset; }
 };
 
-CBN_INLINE Scores<double, 1> scores(const LogDensity& component, double origin) {
-  const double slope = -2 * kLn2 * component.precision;
-  return {slope, slope * (origin - component.mean)};
+template <class D>
+CBN_INLINE Scores<D, 1> scores(const BasicLogDensity<D>& component, D origin) {
+  const D slope = -2 * kLn2 * component.precision;
+  return {{slope}, {slope * (origin - component.mean)}};
 }
 
 template <class T, int M>

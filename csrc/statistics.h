@@ -9,49 +9,52 @@ namespace cbn {
 // Sums of a component: the rows of Moments and of GradientSums.
 constexpr int kMomentRows = Moments<double, 1>::kRows, kGradientRows = GradientSums<double, 1>::kRows;
 
-// Element i of the [M, C] tensors of a problem, which are of S.
-template <class S>
+// Element i of the [M, C] tensors of a problem, which are of S; where D is a vector, `count` elements from there on.
+template <class S, class D = double>
 struct Component {
   const Problem& p;
   int64_t i;
+  int64_t count = 1;
 
-  CBN_METHOD double read(const void* values, double otherwise, int kind = 0) const {
-    return values ? static_cast<double>(static_cast<const S*>(values)[kind * p.components * p.channels + i])
-                  : otherwise;
+  CBN_METHOD D read(const void* values, double otherwise, int kind = 0) const {
+    if (!values) return D{} + otherwise;
+    return Doubles<D>::load(static_cast<const S*>(values) + kind * p.components * p.channels + i, count);
   }
   // Into [kinds, M, C].
-  CBN_METHOD void write(void* values, double value, int kind = 0) const {
-    static_cast<S*>(values)[kind * p.components * p.channels + i] = static_cast<S>(value);
+  CBN_METHOD void write(void* values, D value, int kind = 0) const {
+    Doubles<D>::store(static_cast<S*>(values) + kind * p.components * p.channels + i, count, value);
   }
 
-  CBN_METHOD double prior(double otherwise) const {
-    if (!p.prior) return otherwise;
-    return static_cast<double>(static_cast<const S*>(p.prior)[p.mode == Mode::kJoint ? i / p.channels : i]);
+  CBN_METHOD D prior(double otherwise) const {
+    if (p.prior && p.mode == Mode::kJoint)
+      return D{} + static_cast<double>(static_cast<const S*>(p.prior)[i / p.channels]);
+    return read(p.prior, otherwise);
   }
 
   // With the component's own prior of the channel, or in joint mode with 1: its prior counts once for all channels.
-  CBN_METHOD LogDensity density() const { return density(read(p.prior, 1)); }
-  CBN_METHOD LogDensity density(double prior) const {
+  CBN_METHOD BasicLogDensity<D> density() const { return density(read(p.prior, 1)); }
+  CBN_METHOD BasicLogDensity<D> density(D prior) const {
     return log_density(prior, read(p.mean, 0), read(p.var, 0), p.eps);
   }
 
   // What normalises: the batch's statistics, or in evaluation the running ones, which are constants and need no mass.
-  CBN_METHOD Statistics used() const {
-    if (!p.training) return {0, read(p.mean, 0), read(p.var, 0)};
+  CBN_METHOD BasicStatistics<D> used() const {
+    if (!p.training) return {D{}, read(p.mean, 0), read(p.var, 0)};
     return {read(p.batch, 0, 0), read(p.batch, 0, 1), read(p.batch, 0, 2)};
   }
 
-  CBN_METHOD Branches<double, 1> branch(const Statistics& used, double origin) const {
-    const double scale = branch_scale(read(p.weight, 1), used.var, p.eps);
-    return {scale, branch_offset(scale, read(p.bias, 0), used.mean, origin)};
+  CBN_METHOD Branches<D, 1> branch(const BasicStatistics<D>& used, D origin) const {
+    const D scale = branch_scale(read(p.weight, 1), used.var, p.eps);
+    return {{scale}, {branch_offset(scale, read(p.bias, 0), used.mean, origin)}};
   }
 
-  CBN_METHOD InputGradient<double, 1> input_gradient(const Statistics& used, double origin, double grad_weight,
-                                                     double grad_bias) const {
-    const double scale = branch_scale(read(p.weight, 1), used.var, p.eps);
-    const double quadratic = variance_gradient(scale, grad_weight, used.var, p.eps, used.mass);
-    return {used.mean - origin,   scale, read(p.bias, 0), mean_gradient(scale, grad_bias, used.mass), quadratic,
-            -quadratic * used.var};
+  CBN_METHOD InputGradient<D, 1> input_gradient(const BasicStatistics<D>& used, D origin, D grad_weight,
+                                                D grad_bias) const {
+    const D scale = branch_scale(read(p.weight, 1), used.var, p.eps);
+    const D quadratic = variance_gradient(scale, grad_weight, used.var, p.eps, used.mass);
+    return {{used.mean - origin}, {scale},
+            {read(p.bias, 0)},    {mean_gradient(scale, grad_bias, used.mass)},
+            {quadratic},          {-quadratic * used.var}};
   }
 
   // Keeps the running statistics as this call uses them; they may move before the backward pass.
@@ -62,35 +65,40 @@ struct Component {
   }
 
   // M-step (eqs 10-12) from the rows of Moments, rounded as it is kept.
-  CBN_METHOD Statistics finish(const double (&sums)[kMomentRows], double origin) const {
-    const Statistics batch = batch_statistics(sums[0], sums[1], sums[2], origin, {0, read(p.mean, 0), read(p.var, 0)});
-    return {static_cast<S>(batch.mass), static_cast<S>(batch.mean), static_cast<S>(batch.var)};
+  CBN_METHOD BasicStatistics<D> finish(const D (&sums)[kMomentRows], D origin) const {
+    const BasicStatistics<D> batch =
+        batch_statistics(sums[0], sums[1], sums[2], origin, {D{}, read(p.mean, 0), read(p.var, 0)});
+    const auto rounded = [](D x) { return Doubles<D>::template rounded<S>(x); };
+    return {rounded(batch.mass), rounded(batch.mean), rounded(batch.var)};
   }
-  CBN_METHOD void write_batch(const Statistics& batch) const {
+  CBN_METHOD void write_batch(const BasicStatistics<D>& batch) const {
     write(p.batch, batch.mass, 0);
     write(p.batch, batch.mean, 1);
     write(p.batch, batch.var, 2);
   }
 
   // The weight's gradient from the rows of GradientSums; the bias's is the first of them.
-  CBN_METHOD double finish(const double (&sums)[kGradientRows], double origin, const Statistics& used) const {
+  CBN_METHOD D finish(const D (&sums)[kGradientRows], D origin, const BasicStatistics<D>& used) const {
     return weight_gradient(sums[0], sums[1], used.mean, origin, used.var, p.eps);
   }
-  CBN_METHOD void write_gradients(double weight, double bias) const {
+  CBN_METHOD void write_gradients(D weight, D bias) const {
     write(p.grad_weight, weight);
     write(p.grad_bias, bias);
   }
 };
 
 // What z = x - origin is relative to in a channel once there are statistics to use: the mean of the heaviest component,
-// which lies among the points; in evaluation that of the widest one.
-template <class S>
-CBN_INLINE double used_origin(const Problem& p, int64_t channel) {
-  const auto used = [&](int m) { return Component<S>{p, m * p.channels + channel}.used(); };
-  int chosen = 0;
-  for (int m = 1; m < p.components; ++m)
-    if (p.training ? used(m).mass > used(chosen).mass : used(m).var > used(chosen).var) chosen = m;
-  return used(chosen).mean;
+// which lies among the points; in evaluation that of the widest one. Where D is a vector, of `count` channels.
+template <class S, class D = double>
+CBN_INLINE D used_origin(const Problem& p, int64_t channel, int64_t count = 1) {
+  const auto used = [&](int m) { return Component<S, D>{p, m * p.channels + channel, count}.used(); };
+  BasicStatistics<D> chosen = used(0);
+  for (int m = 1; m < p.components; ++m) {
+    const BasicStatistics<D> other = used(m);
+    const auto better = p.training ? other.mass > chosen.mass : other.var > chosen.var;
+    chosen = {better ? other.mass : chosen.mass, better ? other.mean : chosen.mean, better ? other.var : chosen.var};
+  }
+  return chosen.mean;
 }
 
 // Keeps element i of the running statistics [M, C] where no point is mapped.

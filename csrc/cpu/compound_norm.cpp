@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kTaskElements = 1 << 15;
 // Elements that a channel's coefficients cost as much as.
 constexpr int64_t kTableElements = 1 << 9;
-// Splits of one block's images at most. They depend on shapes alone, so that sums are the same for any number of
+// Splits of one part's images at most. They depend on shapes alone, so that sums are the same for any number of
 // threads.
 constexpr int64_t kMostSplits = 64;
 
@@ -67,8 +67,10 @@ void parallel(int64_t count, int64_t elements_of_task, const F& task) {
 }
 
 // The problem for the tasks, its groups checked.
-Work work_of(const Problem& p) {
-  Work work{p, {}};
+Work work_of(const Problem& p, const Tasks& tasks) {
+  // Small maps would leave most lanes empty.
+  const bool across = p.channels_last || p.spatial < std::min<int64_t>(tasks.lanes, p.channels);
+  Work work{p, across, {}};
   if (p.mode == Mode::kGroups) {
     for (int64_t n = 0; n < p.images; ++n)
       STD_TORCH_CHECK(p.groups[n] >= 0 && p.groups[n] < p.components, "expected groups from 0 to ", p.components - 1,
@@ -170,49 +172,49 @@ void differentiate_weights(Work& work, const Tasks& tasks) {
   for_all_points(work, tasks.differentiate_weights);
 }
 
-template <int kRows>
-struct Totals {
-  double sums[kRows] = {};
-  double origin = 0;
-};
-
-// A problem cut into blocks of channels and splits of their images; in each of them `reduce` and `map` are tasks.
-template <class S, int kRows>
+// A problem cut into parts, by channels and splits of the images; in each of them `reduce` and `map` are tasks.
 struct Plan {
   const Work& work;
   const Passes passes;
+  const int rows;  // of the sums that are reduced
   const ReduceTask reduce;
+  const FinishTask finish;
   const MapTask map;
-  const int lanes;
-  const int64_t channels_of_block = work.channels_last ? lanes : 1;
-  const int64_t blocks = (work.channels + channels_of_block - 1) / channels_of_block;
-  const int64_t elements = work.points() * channels_of_block;  // of a block
+  const int64_t most_channels;
+  const int64_t blocks = (work.channels + most_channels - 1) / most_channels;
+  const int64_t elements = work.points() * most_channels;  // of a block: a part with all images
   const int64_t splits = std::max<int64_t>(1, std::min({elements / kTaskElements, work.images, kMostSplits}));
   const int64_t elements_of_split = elements / splits;
-  // As `reduce` writes them, [blocks, splits, stride()]
-  std::vector<double> sums = std::vector<double>(reduces() ? blocks * splits * stride() : 0);
+  const int64_t stride = (rows + 1) * work.components * most_channels;
+  // As `reduce` writes them, [blocks, splits, stride]
+  std::vector<double> sums = std::vector<double>(reduces() ? blocks * splits * stride : 0);
 
   bool reduces() const { return passes != Passes::kMap; }
   bool maps() const { return passes != Passes::kReduce; }
-  int64_t stride() const { return (kRows + 1) * work.components * channels_of_block; }
-  double* of(int64_t block, int64_t split) { return sums.data() + (block * splits + split) * stride(); }
-  int64_t begin(int64_t split) const { return work.images * split / splits; }
 
-  // Reduces all splits, then calls finish(component, totals) for all components, then maps all splits.
-  template <class Finish>
-  void run(const Finish& finish) {
-    const auto reduce_split = [&](int64_t block, int64_t split) {
-      reduce(work, block, begin(split), begin(split + 1), of(block, split));
-    };
-    const auto map_split = [&](int64_t block, int64_t split) { map(work, block, begin(split), begin(split + 1)); };
+  Part part(int64_t block, int64_t split) const {
+    const int64_t first = block * most_channels;
+    return {first, std::min(most_channels, work.channels - first), work.images * split / splits,
+            work.images * (split + 1) / splits};
+  }
+  void reduce_split(int64_t block, int64_t split) {
+    reduce(work, part(block, split), sums.data() + block * splits * stride + split * stride_of(block));
+  }
+  void map_split(int64_t block, int64_t split) const { map(work, part(block, split)); }
+  void finish_block(int64_t block) const {
+    finish(work, part(block, 0), reduces() ? sums.data() + block * splits * stride : nullptr, splits);
+  }
+
+  // Reduces all splits, then finishes all blocks, then maps all splits.
+  void run() {
     const int64_t threads = torch::stable::get_num_threads();
     // Blocks of channels_last lie between each other: threads that share rows would share cache lines' neighbours.
-    const bool by_rows = channels_of_block > 1 && splits >= threads;
+    const bool by_rows = work.channels_last && splits >= threads;
     if (blocks >= threads && !by_rows) {
       // A block that one thread takes whole is still in its cache when it is mapped.
       parallel(blocks, elements, [&](int64_t block) {
         for (int64_t split = 0; split < splits && reduces(); ++split) reduce_split(block, split);
-        finish_block(block, finish);
+        finish_block(block);
         for (int64_t split = 0; split < splits && maps(); ++split) map_split(block, split);
       });
     } else {
@@ -220,50 +222,45 @@ struct Plan {
       const auto parallel_splits = [&](const auto& task) {
         parallel(blocks * splits, elements_of_split, [&](int64_t i) { task(i % blocks, i / blocks); });
       };
-      if (reduces()) parallel_splits(reduce_split);
-      for (int64_t block = 0; block < blocks; ++block) finish_block(block, finish);
-      if (maps()) parallel_splits(map_split);
+      if (reduces()) parallel_splits([&](int64_t block, int64_t split) { reduce_split(block, split); });
+      for (int64_t block = 0; block < blocks; ++block) finish_block(block);
+      if (maps()) parallel_splits([&](int64_t block, int64_t split) { map_split(block, split); });
     }
   }
 
  private:
-  template <class Finish>
-  void finish_block(int64_t block, const Finish& finish) {
-    const int64_t first = block * channels_of_block, channels = std::min(channels_of_block, work.channels - first);
-    const int64_t row = work.components * channels;
-    for (int64_t i = 0; i < row; ++i) {
-      Totals<kRows> totals;
-      if (reduces()) totals.origin = of(block, 0)[kRows * row + i];
-      for (int64_t split = 0; split < splits && reduces(); ++split)
-        for (int kind = 0; kind < kRows; ++kind) totals.sums[kind] += of(block, split)[kind * row + i];
-      finish(Component<S>{work, i / channels * work.channels + first + i % channels}, totals);
-    }
-  }
+  int64_t stride_of(int64_t block) const { return (rows + 1) * work.components * part(block, 0).channels; }
 };
+
+// Channels of a part: rows of them where they lie side by side, else so few that they stay in a cache.
+int64_t channels_of_part(const Work& work, const Tasks& tasks) {
+  if (work.across) return std::min<int64_t>(work.channels, tasks.columns * tasks.lanes);
+  return std::clamp<int64_t>(kTaskElements / std::max<int64_t>(1, work.points()), 1, tasks.lanes);
+}
 
 template <class S>
 void run_forward(const Problem& p, Passes passes) {
-  Work work = work_of(p);
+  const Tasks tasks = tasks_for(p);
+  Work work = work_of(p, tasks);
   if (p.weighs || passes != Passes::kMap) sample(work);
-  const Tasks tasks = tasks_for(work);
   if (p.weighs && p.points() > 0) weigh_points<S>(work, tasks);
-  Plan<S, kMomentRows> plan{work, passes, tasks.moments, tasks.normalise, tasks.lanes};
-  plan.run([&](const Component<S>& component, const Totals<kMomentRows>& totals) {
-    if (plan.reduces()) component.write_batch(component.finish(totals.sums, totals.origin));
-    if (plan.maps()) component.keep_running();
-  });
+  Plan{work, passes, kMomentRows, tasks.moments, tasks.finish_moments, tasks.normalise, channels_of_part(work, tasks)}
+      .run();
 }
 
 template <class S>
 void run_backward(const Problem& p, Passes passes, const Tensor& x) {
-  Work work = work_of(p);
-  const Tasks tasks = tasks_for(work);
+  const Tasks tasks = tasks_for(p);
+  Work work = work_of(p, tasks);
   const auto run = [&](Passes these) {
-    Plan<S, kGradientRows> plan{work, these, tasks.gradient_sums, tasks.input_gradient, tasks.lanes};
-    plan.run([&](const Component<S>& component, const Totals<kGradientRows>& totals) {
-      if (!plan.reduces()) return;
-      component.write_gradients(component.finish(totals.sums, totals.origin, component.used()), totals.sums[0]);
-    });
+    Plan{work,
+         these,
+         kGradientRows,
+         tasks.gradient_sums,
+         tasks.finish_gradients,
+         tasks.input_gradient,
+         channels_of_part(work, tasks)}
+        .run();
   };
   if (!p.has_posterior() || p.detach_responsibility || passes == Passes::kReduce) return run(passes);
   if (passes == Passes::kBoth) run(Passes::kReduce);

@@ -100,8 +100,7 @@ CBN_INLINE void sum_channels(const Work& work, int64_t begin, int64_t end, Add a
 
 template <class E>
 double sampled_origin(const Work& work, int64_t channel) {
-  const int64_t channels = work.channels_last ? Block<E>::kLanes : 1;
-  return Block<E>(work, channel / channels, Pass::kMoments).sampled_origin(0, static_cast<int>(channel % channels));
+  return static_cast<double>(Block<E>{work, Pass::kMoments, channel, 1}.sampled_origin(0)[0]);
 }
 
 template <class E, int M>

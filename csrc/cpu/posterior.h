@@ -4,7 +4,9 @@
 //   kMixtures, mixtures()        how many of them are compiled, and how many there are
 //   kWeights, weights()          how many components each of them has, likewise
 //   origin                       [kMixtures] of z = x - origin
-//   component(mixture, k, j)     which of the M components weight k is of, in channel j of the block
+//   component(mixture, k)        which of the M components row k is of, before put_in_order(rows, part)
+//   component(mixture, k, j)     which of them weight k is of, in channel j of the column
+//   take_channel(j)              leaves channel j, in all lanes
 //   visit(begin, end, f)         f(weigh, mixture, first, last) for parts [first, last) of the images [begin, end)
 // where
 //   weigh(z, place, e)           gives the weights as e times the factor that it returns
@@ -33,17 +35,40 @@ class ChannelPosterior {
   V origin[1] = {};
 
   __attribute__((noinline)) explicit ChannelPosterior(const Block<E>& block) : components(block.work.components) {
-    for (int j = 0; j < block.channels; ++j) block.put(origin[0], j, block.origin(j));
+    origin[0] = block.origin();
     if constexpr (M > 1) {
+      BasicLogDensity<D> densities[Block<E>::kParts][M];
+      block.for_each_part([&](int part) {
+        find_widest(block, part, densities[part]);
+        bounded = bounded && set_odds(block, part, densities[part]);
+      });
       // Where one channel is not bounded, its neighbours in the vector take the other form too.
-      for (int j = 0; j < block.channels; ++j) bounded &= set_odds(block, j);
-      for (int j = 0; j < block.channels && !bounded; ++j) set_odds(block, j);
+      if (!bounded) block.for_each_part([&](int part) { set_densities(block, part, densities[part]); });
     }
   }
 
   int mixtures() const { return 1; }
   int weights() const { return components; }
-  int component(int, int k, int j) const { return stored_at(k, widest[j]); }
+  int component(int, int k) const { return k; }
+  int component(int, int k, int j) const {
+    return M == 1 ? 0 : stored_at(k, static_cast<int>(widest[j / kDoubles][j % kDoubles]));
+  }
+  // The widest component's rows become the first.
+  template <class Rows>
+  void put_in_order(Rows (&of)[M], int part) const {
+    for (int k = 1; k < components; ++k) {
+      const auto here = widest[part] == k;
+      for (int i = 0; i < Rows::kRows; ++i) {
+        const D first = *of[0].row(i), other = *of[k].row(i);
+        *of[0].row(i) = here ? other : first;
+        *of[k].row(i) = here ? first : other;
+      }
+    }
+  }
+  void take_channel(int j) {
+    spread(origin[0], j);
+    spread(odds, j);
+  }
 
   template <class F>
   CBN_METHOD void visit(int64_t begin, int64_t end, F f) const {
@@ -55,10 +80,7 @@ class ChannelPosterior {
 
   // Whether all odds are bounded, in Pass::kInputGradient also near the widest component.
   bool bounded = !kGeneralOnly;
-
-  LogDensity density(const Block<E>& block, int k, int j) const {
-    return block.component(component(0, k, j), j).density();
-  }
+  BasicParabola<Vec<double>> parabolas[Block<E>::kParts][M];  // the odds as they were computed
 
  private:
   template <bool kBounded>
@@ -69,29 +91,49 @@ class ChannelPosterior {
     CBN_METHOD V covariance(const V (&p)[M], V z, const V (&f)[M]) const { return cbn::covariance(odds, p, z, f); }
   };
 
-  const int components;
-  int widest[Block<E>::kLanes] = {};  // of each channel
-  LogOdds<V, M> odds{};
+  using D = Vec<double>;
+  static constexpr int kDoubles = Block<E>::kDoubles;
+  int components;
+  D widest[Block<E>::kParts] = {};  // component of each channel
+  LogOdds<V, M> odds;
+  // Of those that pad the components to M.
+  static constexpr auto padding() { return BasicParabola<D>{{}, {}, {D{} + kNoComponent}}; }
 
-  // Sets the odds of channel j, or, where some are not bounded, its log-densities; returns whether its odds are.
-  bool set_odds(const Block<E>& block, int j) {
-    const auto var = [&](int m) { return block.component(m, j).read(block.work.var, 0); };
-    for (int m = 1; m < components; ++m)
-      if (var(m) > var(widest[j])) widest[j] = m;
-    const double at = static_cast<double>(origin[0][j]);
-    const LogDensity first = density(block, 0, j);
-    bool all_bounded = true;
-    for (int k = 0; k < M; ++k) {
-      Parabola of{{0}, {0}, {kNoComponent}};  // of those that pad the components to M
-      if (k < components && !bounded) {
-        of = parabola(k == 0 ? first : density(block, k, j), at);
-      } else if (k > 0 && k < components) {
-        of = odds_parabola(density(block, k, j), first, at);
-        all_bounded &= is_bounded(of) && (block.pass != Pass::kInputGradient || is_near(of, first, at));
-      }
-      block.put(odds, k, j, of);
+  // Sets `widest` in a part's channels; their log-densities, in order.
+  void find_widest(const Block<E>& block, int part, BasicLogDensity<D> (&densities)[M]) {
+    D least{};
+    for (int m = 0; m < components; ++m) {
+      densities[m] = block.component(m, part).density();
+      const D precision = densities[m].precision;
+      if (m == 0) least = precision;
+      const auto wider = precision < least;
+      widest[part] = wider ? D{} + m : widest[part];
+      least = wider ? precision : least;
     }
-    return all_bounded;
+    put_in_order(densities, part);
+  }
+
+  // Sets the odds of a part's channels; returns whether all are bounded.
+  bool set_odds(const Block<E>& block, int part, const BasicLogDensity<D> (&densities)[M]) {
+    const D at = block.get(origin[0], part);
+    block.put(odds, 0, part, BasicParabola<D>{});
+    auto all_bounded = is_bounded(BasicParabola<D>{});
+    for (int k = 1; k < M; ++k) {
+      BasicParabola<D>& of = parabolas[part][k];
+      of = k < components ? odds_parabola(densities[k], densities[0], at) : padding();
+      all_bounded &= is_bounded(of);
+      if (block.pass == Pass::kInputGradient && k < components) all_bounded &= is_near(of, densities[0], at);
+      block.put(odds, k, part, of);
+    }
+    bool result = true;
+    for (int l = 0; l < block.channels_of(part); ++l) result &= all_bounded[l] != 0;
+    return result;
+  }
+
+  // Sets the log-densities themselves.
+  void set_densities(const Block<E>& block, int part, const BasicLogDensity<D> (&densities)[M]) {
+    const D at = block.get(origin[0], part);
+    for (int k = 0; k < M; ++k) block.put(odds, k, part, k < components ? parabola(densities[k], at) : padding());
   }
 };
 
@@ -107,7 +149,7 @@ class GivenPosterior {
   V origin[1] = {};
 
   __attribute__((noinline)) explicit GivenPosterior(const Block<E>& block)
-      : components(block.work.components), channels_last(block.work.channels_last) {
+      : components(block.work.components), across(block.work.across) {
     const auto rows_of = [&](const void* of, const S*(&rows)[M]) {
       // Those that pad the components to M have no coefficients: any weight does.
       for (int m = 0; m < M && of; ++m)
@@ -115,17 +157,23 @@ class GivenPosterior {
     };
     rows_of(block.work.posterior, weights_of);
     rows_of(block.work.posterior_gradient, gradient_of);
-    for (int j = 0; j < block.channels; ++j) {
-      block.put(origin[0], j, block.origin(j));
-      const double at = static_cast<double>(origin[0][j]);
+    origin[0] = block.origin();
+    block.for_each_part([&](int part) {
+      const D at = block.get(origin[0], part);
       for (int m = 0; m < components && block.pass == Pass::kInputGradient; ++m)
-        block.put(scores_of, m, j, scores(block.component(m, j).density(1), at));
-    }
+        block.put(scores_of, m, part, scores(block.component(m, part).density(D{} + 1), at));
+    });
   }
 
   int mixtures() const { return 1; }
   int weights() const { return components; }
-  int component(int, int k, int) const { return k; }
+  int component(int, int k, int = 0) const { return k; }
+  template <class Rows>
+  void put_in_order(Rows&, int) const {}
+  void take_channel(int j) {
+    spread(origin[0], j);
+    spread(scores_of, j);
+  }
 
   template <class F>
   CBN_METHOD void visit(int64_t begin, int64_t end, F f) const {
@@ -146,15 +194,16 @@ class GivenPosterior {
 
  private:
   using S = typename E::Scalar;
-  const int components;
-  const bool channels_last;
+  using D = Vec<double>;
+  int components;
+  bool across;
   const S* weights_of[M];   // [N S] each
   const S* gradient_of[M];  // likewise
   Scores<V, M> scores_of{};
 
-  // Numbers of a vector's points; in channels_last of its one point.
+  // Numbers of a vector's points, or of its one point.
   CBN_METHOD V at(const S* row, const Place& place) const {
-    if (channels_last) return V{} + row[place.point];
+    if (across) return V{} + row[place.point];
     return load<Statistic<S>>(row + place.point, place.count);
   }
 };
@@ -173,17 +222,21 @@ class GroupPosterior {
   __attribute__((noinline)) explicit GroupPosterior(const Block<E>& block)
       : components(block.work.components), groups(block.work.groups) {
     for (int m = 0; m < components; ++m) {
-      origin[m] = V{};
-      for (int j = 0; j < block.channels; ++j) {
-        const bool sampled = block.pass == Pass::kMoments;
-        block.put(origin[m], j, sampled ? block.sampled_origin(m, j) : block.component(m, j).used().mean);
-      }
+      if (block.pass == Pass::kMoments)
+        origin[m] = block.sampled_origin(m);
+      else
+        block.for_each_part([&](int part) { block.put(origin[m], part, block.component(m, part).used().mean); });
     }
   }
 
   int mixtures() const { return components; }
   int weights() const { return 1; }
-  int component(int mixture, int, int) const { return mixture; }
+  int component(int mixture, int, int = 0) const { return mixture; }
+  template <class Rows>
+  void put_in_order(Rows&, int) const {}
+  void take_channel(int j) {
+    for (int m = 0; m < components; ++m) spread(origin[m], j);
+  }
 
   template <class F>
   CBN_METHOD void visit(int64_t begin, int64_t end, F f) const {
@@ -193,7 +246,7 @@ class GroupPosterior {
   CBN_METHOD V operator()(V, const Place&, V (&e)[1]) const { return e[0] = Math<V>::splat(1); }
 
  private:
-  const int components;
+  int components;
   const int64_t* groups;  // [N]
 };
 

@@ -145,6 +145,59 @@ struct Math<Vec<float>> : VectorMath<float, kLanesOf<float>> {};
 template <>
 struct Math<Vec<double>> : VectorMath<double, kLanesOf<double>> {};
 
+template <>
+struct Doubles<Vec<double>> {
+  using D = Vec<double>;
+  using Int = VectorType<int64_t, kLanesOf<double>>::type;
+  template <class S>
+  using Narrow = typename VectorType<S, kLanesOf<double>>::type;
+
+  CBN_INLINE D sqrt(D x) {
+#if CBN_VECTOR_BYTES == 64
+    return _mm512_maskz_sqrt_pd(0xff, x);
+#else
+    CBN_UNROLL
+    for (int l = 0; l < kLanesOf<double>; ++l) x[l] = std::sqrt(x[l]);
+    return x;
+#endif
+  }
+
+  // Of normal numbers above 0; NaN stays NaN, and infinity becomes it.
+  CBN_INLINE D log2(D x) {
+    // x = 2^n m with m in [sqrt(1/2), sqrt(2)), and log(m) = 2 atanh(f), f = (m - 1) / (m + 1), |f| < 0.172
+    constexpr int64_t kSqrtHalf = 0x3fe6a09e667f3bcd, kMantissa = (int64_t{1} << 52) - 1;
+    const Int above = bits<Int>(x) - kSqrtHalf;
+    const D n = __builtin_convertvector(above >> 52, D), m = bits<D>((above & kMantissa) + kSqrtHalf);
+    const D f = (m - 1) / (m + 1), square = f * f;
+    D series = square * (1.0 / 21) + 1.0 / 19;
+    CBN_UNROLL
+    for (int k = 17; k >= 1; k -= 2) series = series * square + 1.0 / k;
+    return n + 2 * kLog2E * f * series + (x - x);
+  }
+
+  template <class S>
+  CBN_INLINE D load(const S* from, int64_t count) {
+    Narrow<S> raw{};
+    if (count >= kLanesOf<double>)
+      std::memcpy(&raw, from, sizeof(raw));
+    else
+      for (int64_t l = 0; l < count; ++l) raw[l] = from[l];
+    return __builtin_convertvector(raw, D);
+  }
+  template <class S>
+  CBN_INLINE void store(S* to, int64_t count, D x) {
+    const Narrow<S> raw = __builtin_convertvector(x, Narrow<S>);
+    if (count >= kLanesOf<double>)
+      std::memcpy(to, &raw, sizeof(raw));
+    else
+      for (int64_t l = 0; l < count; ++l) to[l] = raw[l];
+  }
+  template <class S>
+  CBN_INLINE D rounded(D x) {
+    return __builtin_convertvector(__builtin_convertvector(x, Narrow<S>), D);
+  }
+};
+
 namespace {
 
 // Element types in memory; arithmetic is in `Scalar`. The 16-bit ones convert by their bits, rounding to nearest even.
@@ -207,20 +260,24 @@ CBN_INLINE Vec<typename E::Scalar> widen(RawVec<E> raw) {
     return raw;
 }
 
-// x[0 .. count) as lanes; the lanes beyond `count` are 0.
+// `count` elements of x, `stride` apart, as lanes; the lanes beyond `count` are 0.
 template <class E>
-CBN_INLINE Vec<typename E::Scalar> load(const typename E::Memory* x, int64_t count) {
+CBN_INLINE Vec<typename E::Scalar> load(const typename E::Memory* x, int64_t count, int64_t stride = 1) {
+  constexpr int kLanes = kLanesOf<typename E::Scalar>;
   RawVec<E> raw{};
-  if (count >= kLanesOf<typename E::Scalar>) {
+  if (stride == 1 && count >= kLanes) {
     std::memcpy(&raw, x, sizeof(raw));
-    return widen<E>(raw);
+  } else if (count >= kLanes) {
+    CBN_UNROLL
+    for (int i = 0; i < kLanes; ++i) raw[i] = x[i * stride];
+  } else {
+    for (int64_t i = 0; i < count; ++i) raw[i] = x[i * stride];
   }
-  for (int64_t i = 0; i < count; ++i) raw[i] = x[i];
   return widen<E>(raw);
 }
 
 template <class E>
-CBN_INLINE void store(typename E::Memory* y, int64_t count, Vec<typename E::Scalar> value) {
+CBN_INLINE void store(typename E::Memory* y, int64_t count, Vec<typename E::Scalar> value, int64_t stride = 1) {
   constexpr int kLanes = kLanesOf<typename E::Scalar>;
   RawVec<E> raw;
   if constexpr (std::is_same_v<E, Half>)
@@ -229,19 +286,28 @@ CBN_INLINE void store(typename E::Memory* y, int64_t count, Vec<typename E::Scal
     raw = narrow_bfloat16(value);
   else
     raw = value;
-  if (count >= kLanes) {
+  if (stride == 1 && count >= kLanes) {
     std::memcpy(y, &raw, sizeof(raw));
+  } else if (count >= kLanes) {
+    CBN_UNROLL
+    for (int i = 0; i < kLanes; ++i) y[i * stride] = raw[i];
   } else {
-    for (int64_t i = 0; i < count; ++i) y[i] = raw[i];
+    for (int64_t i = 0; i < count; ++i) y[i * stride] = raw[i];
   }
 }
 
-// A vector's bits, `count` of them, from bit `offset` of a mask that started as zeros. Whole bytes are stored; else a
-// word's other bits may be another thread's.
+// A vector's bits, `count` of them, `stride` apart from bit `offset` of a mask that started as zeros. Whole bytes are
+// stored; else a word's other bits may be another thread's.
 template <int kLanes>
-CBN_INLINE void set_bits(uint32_t* mask, int64_t offset, int64_t count, uint32_t bits) {
-  if (kLanes % 8 == 0 && offset % 8 == 0 && count == kLanes) {
+CBN_INLINE void set_bits(uint32_t* mask, int64_t offset, int64_t count, uint32_t bits, int64_t stride = 1) {
+  if (kLanes % 8 == 0 && stride == 1 && offset % 8 == 0 && count == kLanes) {
     std::memcpy(reinterpret_cast<char*>(mask) + offset / 8, &bits, kLanes / 8);  // the low bytes come first
+    return;
+  }
+  if (stride != 1) {
+    for (int64_t l = 0; l < count; ++l)
+      if (bits >> l & 1)
+        __atomic_fetch_or(mask + (offset + l * stride) / 32, 1u << (offset + l * stride) % 32, __ATOMIC_RELAXED);
     return;
   }
   const uint64_t shifted = static_cast<uint64_t>(bits & ((1u << count) - 1)) << offset % 32;
@@ -250,7 +316,13 @@ CBN_INLINE void set_bits(uint32_t* mask, int64_t offset, int64_t count, uint32_t
   if (high) __atomic_fetch_or(mask + offset / 32 + 1, high, __ATOMIC_RELAXED);
 }
 
-CBN_INLINE uint32_t get_bits(const uint32_t* mask, int64_t offset, int64_t count) {
+CBN_INLINE uint32_t get_bits(const uint32_t* mask, int64_t offset, int64_t count, int64_t stride = 1) {
+  if (stride != 1) {
+    uint32_t bits = 0;
+    for (int64_t l = 0; l < count; ++l)
+      bits |= (mask[(offset + l * stride) / 32] >> (offset + l * stride) % 32 & 1) << l;
+    return bits;
+  }
   const int64_t shift = offset % 32;
   uint64_t bits = mask[offset / 32];
   if (shift + count > 32) bits |= static_cast<uint64_t>(mask[offset / 32 + 1]) << 32;

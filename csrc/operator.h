@@ -24,8 +24,18 @@
 namespace cbn {
 namespace {
 
+// A contiguous tensor on the device of another one. Not by torch::stable::new_empty, which looks the operator up by its
+// name in every call.
 inline Tensor empty(const Tensor& like, Shape shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
+  int64_t strides[4], stride = 1;
+  STD_TORCH_CHECK(shape.size() <= 4, "expected at most 4 dimensions, got ", shape.size());
+  for (size_t d = shape.size(); d-- > 0; stride *= shape[d]) strides[d] = stride;
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  const torch::stable::Device device = like.device();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides, dtype,
+                                                  static_cast<int32_t>(device.type()), device.index(), &handle));
+  return Tensor(handle);
 }
 
 // A problem, and the tensors that it points to, some of them copies.

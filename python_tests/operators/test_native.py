@@ -271,7 +271,6 @@ def test_operators_of_a_step(layout, mode, fused):
         "cbn_ext::forward",
         "cbn_ext::update_running",
         "cbn_ext::backward",
-        "aten::new_empty",
         "aten::empty_like",
         "aten::detach",  # a gradient becomes a leaf's
         *(["aten::new_zeros"] if fused else []),  # the mask

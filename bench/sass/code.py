@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 _FUNCTION = re.compile(r"^\s*Function : (\S+)")
+_WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*)((?:\.\w+)*)([^;]*);")
 
 
@@ -20,7 +21,7 @@ class Instruction(NamedTuple):
     @property
     def bits(self) -> int:
         """Width of a memory access."""
-        return next((int(modifier) for modifier in self.modifiers if modifier in ("64", "128")), 32)
+        return next((_WIDTHS[modifier] for modifier in self.modifiers if modifier in _WIDTHS), 32)
 
 
 def parse(lines: Iterable[str]) -> dict[str, list[Instruction]]:
@@ -44,7 +45,7 @@ def count(code: Sequence[Instruction], *names: str, modifier: str | None = None)
     return sum(i.name in names and (modifier is None or modifier in i.modifiers) for i in code)
 
 
-def innermost_loops(code: Sequence[Instruction], name: str, modifier: str) -> list[Sequence[Instruction]]:
+def innermost_loops(code: Sequence[Instruction], name: str, modifier: str | None = None) -> list[Sequence[Instruction]]:
     """Stretches with such an instruction that end with a branch back to their start, and hold no other such stretch."""
     index = {instruction.address: number for number, instruction in enumerate(code)}
     spans = [(index[i.target], end) for end, i in enumerate(code) if i.target in index and index[i.target] < end]
@@ -59,6 +60,11 @@ def innermost_loops(code: Sequence[Instruction], name: str, modifier: str) -> li
 def accessed(code: Sequence[Instruction], *names: str) -> int:
     """Bytes that memory accesses of these names, each executed once, load or store."""
     return sum(i.bits for i in code if i.name in names) // 8
+
+
+def is_unguarded(loop: Sequence[Instruction]) -> bool:
+    """True where every turn executes all of the loop and loads all that it names: no element may be missing."""
+    return count(loop, "BRA") == 1 and all(i.always for i in loop if i.name == "LDG")
 
 
 def has_alternatives(loop: Sequence[Instruction]) -> bool:

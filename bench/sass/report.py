@@ -1,6 +1,7 @@
-"""Instructions, MUFU operations, registers and bytes an element of the kernels' plain loops, by pass.
+"""Instructions, MUFU operations, registers and bytes an element of the kernels' loops, by pass and form.
 
-`python -m bench sass` reads the machine code (SASS) of the CUDA library and sets it beside what was planned.
+`python -m bench sass` reads the machine code (SASS) of the CUDA library and sets it beside what the formulas need and
+the limits that the project set itself.
 """
 
 import re
@@ -8,81 +9,77 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import cbn_ext
-from bench.report import Report, Table, versions
-from bench.sass.code import Instruction, accessed, count, has_alternatives, innermost_loops, parse
+from bench.report import Report, Table, Target, target_table, versions
+from bench.sass.code import Instruction, count, parse
+from bench.sass.loops import COMPONENTS, FORMS, NAMES, PLAIN, RELU, SUM, Kernel, counted, loops_of, prologue
 from bench.sass.tools import cuobjdump
 
 #: Picoseconds of an H200 at 1.98 GHz and 4.3 TB/s: an issue slot, a MUFU operation, a byte of DRAM.
 ISSUE_PS, MUFU_PS, BYTE_PS = 0.030, 0.24, 0.233
 
-#: Of four components, an element: instructions in trial kernels and MUFU operations, by pass.
-PLANNED = {
-    "statistics": (29, 4),
-    "normalise": (24, 4),
-    "backward reduction": (27, 4),
-    "input gradient, p detached": (30, 4),
-    "input gradient": (53, 4),
+#: Instructions an element that the formulas alone need with bounded log-odds: of each component, and beside these.
+FORMULAS = {
+    "statistics": (7, 0),
+    "normalise": (6, -2),
+    "backward reduction": (6, 0),
+    "input gradient, p detached": (7, -2),
+    "input gradient": (14, -6),
 }
-_COMPONENTS = 4
 
-_ARITHMETIC = ("FADD", "FMUL", "FFMA")
 
-Loop = tuple[Sequence[Instruction], int]
+class Limits(NamedTuple):
+    """What the project set itself for the plain form of a pass, contiguous.
 
-_KERNEL = re.compile(
-    r"_ZN3cbn\d+(\w+)_kernelINS_6ConfigI(f|N3c104HalfE|N3c108BFloat16E)Li(\d+)ELb([01])E"
-    r"NS_\d+(Channel|Joint)PosteriorEEE(?:LNS_4PassE(\d)E)?EEv"
-)
-_DTYPES = {"f": ("float32", 4), "N3c104HalfE": ("float16", 2), "N3c108BFloat16E": ("bfloat16", 2)}
-#: By the number of a kernel's pass: the tensors like x it reads, and the rows of its loops that do not store, and that
-#: do, the shortest first.
-_PASSES = {
-    "0": (1, ["statistics"], []),
-    "1": (1, ["statistics"], ["normalise"]),
-    "2": (2, ["backward reduction"], []),
-    "3": (2, ["backward reduction"], ["input gradient, p detached", "input gradient"]),
+    float32, narrow: instructions an element with four components, narrow for the 16-bit types. eight: float32 with
+    eight components. registers: with four.
+    """
+
+    float32: float
+    narrow: float
+    eight: float
+    registers: int
+
+
+LIMITS = {
+    "statistics": Limits(32, 33, 61, 64),
+    "normalise": Limits(27, 27, 52, 64),
+    "backward reduction": Limits(29, 30.5, 54, 64),
+    "input gradient, p detached": Limits(32, 33, 61, 64),
+    "input gradient": Limits(57, 58, 114, 80),
 }
-#: The rows of joint mode's kernels, by name and pass: the tensors like x that a loop reads an element of, whether it
-#: stores one, whether it reads from memory, and the rows of such loops, the shortest first.
-_JOINT_PASSES = {
-    ("weigh", None): [(1, False, True, ["joint weights"])],
-    ("reduce", "0"): [(1, False, True, ["joint statistics"])],
-    ("map_points", "1"): [(1, True, True, ["joint normalise"])],
-    ("reduce", "2"): [(2, False, True, ["joint backward reduction"])],
-    ("map_points", "3"): [
-        (2, False, True, ["joint gradient of the weights"]),
-        (2, True, False, ["joint input gradient, p detached", "joint input gradient"]),
-    ],
-}
-#: Where the moments of the points are summed after their weights.
-_JOINT_MOMENTS = "joint moments", "joint moments, exchange"
-#: Of a kernel's loops: whether they fetch from memory, and whether they store.
-_LOOPS = {"reduce": [(True, False)], "map": [(True, True)], "resident": [(True, False), (False, True)]}
+#: Instructions beyond these limits that channels_last may take, and beyond the plain form the others of bounded
+#: log-odds.
+MORE_IN_CHANNELS_LAST, MORE_THAN_PLAIN = 2, 7
 
 
 @dataclass(frozen=True)
 class SassRow:
-    """The plain loop of a pass with four components; counts are of one element.
+    """One form of a pass; counts are of one element.
 
-    path: "streaming", the kernel reads from memory what it works on, or "on chip", the second pass does not.
-    memory, shared: instructions that access global and shared memory. elements: of a thread in one turn of the loop.
+    components: as compiled. path: "streaming", the kernel reads from memory what it works on, or "on chip", it keeps
+    that there. memory, shared: instructions that access global and shared memory. elements: of a thread in one turn of
+    the loop. prologue: the kernel's instructions before its first loop over elements.
     """
 
     arch: str
+    components: int
     dtype: str
     layout: str
     path: str
     name: str
+    form: str
     instructions: float
     mufu: float
     memory: float
     shared: float
     bytes: int
     elements: int
+    prologue: int
     registers: int
     stack: int
 
@@ -113,23 +110,17 @@ def find_library() -> Path:
 
 
 def rows_of(library: Path, arch: str) -> list[SassRow]:
-    """The rows of every kernel with four components, in the order of their passes."""
+    """The rows of every kernel that is counted, in the order of the passes."""
     usage = registers(cuobjdump(library, "-res-usage", "-arch", arch))
-    wanted = [name for name in usage if (kernel := _KERNEL.match(name)) and is_counted(*kernel.groups())]
-    if not wanted:
-        raise RuntimeError(f"expected kernels of {_COMPONENTS} components for {arch} in {library}, found none")
-    functions = parse(cuobjdump(library, "-sass", "-arch", arch, "-fun", ",".join(wanted)))
-    rows = [row for name in wanted for row in rows_of_kernel(arch, name, functions[name], *usage[name])]
-    joint = [name for loops in _JOINT_PASSES.values() for *_, names in loops for name in names]
-    order = [*PLANNED, *joint, *_JOINT_MOMENTS]
-    rows.sort(key=lambda row: (row.layout != "contiguous", row.dtype, row.path != "streaming", order.index(row.name)))
+    kernels = [kernel for name in usage if (kernel := counted(arch, name))]
+    if not kernels:
+        raise RuntimeError(f"expected kernels of {COMPONENTS} components for {arch} in {library}, found none")
+    names = ",".join(kernel.mangled for kernel in kernels)
+    functions = parse(cuobjdump(library, "-sass", "-arch", arch, "-fun", names))
+    rows = [row for k in kernels for row in rows_of_kernel(k, functions[k.mangled], *usage[k.mangled])]
+    rows.sort(key=lambda row: (row.path != "streaming", NAMES.index(row.name), FORMS.index(row.form)))
+    rows.sort(key=lambda row: (row.components, row.layout != "contiguous", row.dtype))
     return rows
-
-
-def is_counted(kind: str, _: str, components: str, last: str, posterior: str, number: str | None) -> bool:
-    """True for the kernels with rows: not for those that work on channels rather than on elements."""
-    known = (kind, number) in _JOINT_PASSES if posterior == "Joint" else kind in _LOOPS
-    return known and int(components) == _COMPONENTS
 
 
 def registers(lines: Iterable[str]) -> dict[str, tuple[int, int]]:
@@ -138,148 +129,33 @@ def registers(lines: Iterable[str]) -> dict[str, tuple[int, int]]:
     return {name: (int(count), int(stack)) for name, count, stack in found}
 
 
-def plain_loops(code: Sequence[Instruction], loaded: int, stored: int) -> list[Sequence[Instruction]]:
-    """Loops for bounded log-odds and whole chunks with nothing fused, the shortest first.
-
-    The others have more code for memory: a turn of theirs chooses between accesses of several widths.
-
-    loaded, stored: bytes of global memory an element.
-    """
-
-    def is_plain(loop: Sequence[Instruction]) -> bool:
-        elements = elements_of(loop)
-        moved = accessed(loop, "LDG", "LDGSTS"), accessed(loop, "STG")
-        return moved == (elements * loaded, elements * stored) and not has_alternatives(loop)
-
-    return sorted(filter(is_plain, innermost_loops(code, "MUFU", "EX2")), key=len)
-
-
-def chunk_loops(code: Sequence[Instruction], size: int, tensors: int) -> list[Loop]:
-    """The plain loops over chunks of elements without exponentials, with the elements of a turn.
-
-    size: bytes of an element. tensors: how many are loaded.
-    """
-    found = [(loop, accessed(loop, "LDGSTS") // (size * tensors)) for loop in innermost_loops(code, "LDGSTS", "E")]
-    return [(loop, elements) for loop, elements in found if elements and _has_terms(loop, elements)]
-
-
-def channel_loops(code: Sequence[Instruction], points: int, tensors: int, stores: bool) -> list[Loop]:
-    """The plain loops over the channels of some points, with the elements of a turn, the shortest first.
-
-    They load one element at a time, and beside a channel's coefficients its origin.
-
-    points: of a thread. tensors: how many are loaded. stores: whether an element is stored for each.
-    """
-    found = []
-    for loop in innermost_loops(code, "LDG", "128"):
-        narrow = count(loop, "LDG") - count(loop, "LDG", modifier="128")
-        if narrow == points * tensors + 1 and count(loop, "STG") == points * stores and _has_terms(loop, points):
-            found.append((loop, points))
-    return sorted(found, key=lambda pair: len(pair[0]))
-
-
-def moment_loops(code: Sequence[Instruction]) -> list[Loop]:
-    """The loop over points that sums moments; contiguous also the one that exchanges elements among the lanes."""
-    found = []
-    for loop in innermost_loops(code, "LDS", "128"):
-        points = count(loop, "LDS", modifier="128")
-        if count(loop, "LDG") in (0, points) and not count(loop, "STG") and _has_terms(loop, points):
-            found.append((loop, points))
-    for loop in innermost_loops(code, "LDG", "E"):
-        if (elements := count(loop, "LDG")) == count(loop, "STS") > 1 and not count(loop, "STG"):
-            found.append((loop, elements))
-    return found
-
-
-def _has_terms(loop: Sequence[Instruction], elements: int) -> bool:
-    """Whether a loop computes, rather than copies, and without alternatives."""
-    return count(loop, *_ARITHMETIC) >= 8 * elements and not has_alternatives(loop)
-
-
-def joint_rows(arch: str, name: str, code: Sequence[Instruction]) -> Iterator[tuple[str, bool, int, Loop]]:
-    """Label, whether the loop reads from memory, bytes of an element and the loop, for each row of a joint kernel."""
-    kind, element, _, last, _, number = _KERNEL.match(name).groups()
-    size = _DTYPES[element][1]
-    points = (32 if last == "1" else 16) // _COMPONENTS
-    for tensors, stores, reads, wanted in _JOINT_PASSES[kind, number]:
-        loops = chunk_loops(code, size, tensors) if kind == "reduce" else channel_loops(code, points, tensors, stores)
-        require(arch, name, wanted, size * tensors, size * stores, len(loops))
-        for label, loop in zip(wanted, loops, strict=True):
-            # Detached weights have no gradient: no loop before this one has read what it works on.
-            fetched = reads or "detached" in label
-            yield label, fetched, size * (tensors * fetched + stores), loop
-    if kind == "weigh":
-        wanted = _JOINT_MOMENTS[: 1 if last == "1" else 2]
-        loops = moment_loops(code)
-        require(arch, name, wanted, 0, 0, len(loops))
-        yield from ((label, False, 0, loop) for label, loop in zip(wanted, loops, strict=True))
-
-
-def elements_of(loop: Sequence[Instruction]) -> int:
-    """Elements in one turn: with bounded log-odds one component needs no exponential."""
-    return count(loop, "MUFU", modifier="EX2") // (_COMPONENTS - 1)
-
-
-def rows_of_kernel(arch: str, name: str, code: list[Instruction], register_count: int, stack: int) -> Iterator[SassRow]:
-    """A row for each plain loop: a turn executes all its instructions."""
-    kind, element, _, last, posterior, number = _KERNEL.match(name).groups()
-    dtype, size = _DTYPES[element]
-    found: list[tuple[str, bool, int, Loop]] = []  # label, whether it reads from memory, bytes of an element, loop
-    if posterior == "Joint":
-        found += joint_rows(arch, name, code)
-    else:
-        tensors, *labels = _PASSES[number]
-        for fetches, stores in _LOOPS[kind]:
-            wanted, loaded, stored = labels[stores], size * tensors * fetches, size * stores
-            loops = plain_loops(code, loaded, stored)
-            require(arch, name, wanted, loaded, stored, len(loops))
-            for label, loop in zip(wanted, loops, strict=True):
-                found.append((label, kind != "resident", loaded + stored, (loop, elements_of(loop))))
-    for label, streams, moved, (loop, elements) in found:
+def rows_of_kernel(kernel: Kernel, code: Sequence[Instruction], register_count: int, stack: int) -> Iterator[SassRow]:
+    """A row for each loop: a turn executes all its instructions."""
+    before = prologue(code)
+    for loop in loops_of(kernel, code):
         yield SassRow(
-            arch=arch,
-            dtype=dtype,
-            layout="channels_last" if last == "1" else "contiguous",
-            path="streaming" if streams else "on chip",
-            name=label,
-            instructions=len(loop) / elements,
-            mufu=count(loop, "MUFU") / elements,
-            memory=count(loop, "LDG", "LDGSTS", "STG") / elements,
-            shared=count(loop, "LDS", "STS") / elements,
-            bytes=moved,
-            elements=elements,
+            arch=kernel.arch,
+            components=kernel.components,
+            dtype=kernel.dtype,
+            layout="channels_last" if kernel.channels_last else "contiguous",
+            path="streaming" if loop.streams else "on chip",
+            name=loop.name,
+            form=loop.form,
+            instructions=loop.instructions,
+            mufu=count(loop.code, "MUFU") / loop.elements,
+            memory=count(loop.code, "LDG", "LDGSTS", "STG") / loop.elements,
+            shared=count(loop.code, "LDS", "STS") / loop.elements,
+            bytes=loop.moved,
+            elements=loop.elements,
+            prologue=before,
             registers=register_count,
             stack=stack,
         )
 
 
-def require(arch: str, name: str, wanted: Sequence[str], loaded: int, stored: int, found: int) -> None:
-    """Raise RuntimeError unless as many loops were found in a kernel as there are rows for it."""
-    if found != len(wanted):
-        raise RuntimeError(
-            f"{name}, {arch}: expected {len(wanted)} plain loops that load {loaded} and store {stored} bytes an "
-            f"element ({'; '.join(wanted)}), found {found}"
-        )
-
-
-def make_report(arch: str, rows: list[SassRow]) -> Report:
-    """The rows of one architecture beside the plan."""
+def make_report(arch: str, rows: Sequence[SassRow]) -> Report:
+    """The rows of one architecture beside the limits."""
     environment = {"device": arch, **versions(torch, cbn_ext)}
-    header = ("layout, dtype", "path", "pass", "instructions", "planned", "MUFU", "planned", "memory", "shared")
-    header += ("bytes", "issue ps", "MUFU ps", "DRAM ps", "elements", "registers", "stack")
-    sections: dict[str, list[list[str]]] = defaultdict(list)
-    for row in rows:
-        instructions, mufu = PLANNED.get(row.name, ("", ""))
-        label = f"{row.layout} {row.dtype}"
-        counts = f"{row.instructions:.1f}", str(instructions), f"{row.mufu:.2f}", str(mufu)
-        bounds = row.instructions * ISSUE_PS, row.mufu * MUFU_PS, row.bytes * BYTE_PS
-        sections[label].append(
-            [
-                *(label, row.path, row.name, *counts, f"{row.memory:.2f}", f"{row.shared:.2f}", str(row.bytes)),
-                *(f"{bound:.2f}" for bound in bounds),
-                *(str(row.elements), str(row.registers), str(row.stack)),
-            ]
-        )
     return Report(
         kind="sass",
         environment=environment,
@@ -287,24 +163,96 @@ def make_report(arch: str, rows: list[SassRow]) -> Report:
             **environment
         ),
         csv={"": rows},
-        tables=[Table(f"An element of four components, {arch}", header, list(sections.values()))],
+        tables=[
+            target_table("Limits (streaming; the worst of several types)", targets(rows)),
+            *(table(rows, components) for components in COMPONENTS),
+        ],
         text=_HOW,
     )
 
 
+def targets(rows: Sequence[SassRow]) -> list[Target]:
+    """The limits and what keeps them or not."""
+
+    def of(name: str, layout: str, form: str = PLAIN, components: int = 4) -> dict[str, SassRow]:
+        wanted = "streaming", name, layout, form, components
+        return {row.dtype: row for row in rows if (row.path, row.name, row.layout, row.form, row.components) == wanted}
+
+    def target(what: str, values: Iterable[float], limit: float) -> Target:
+        return Target(what, max(values, default=None), "≤", limit)
+
+    found = []
+    for name, limits in LIMITS.items():
+        what = f"instructions, {name}"
+        for layout, more in (("contiguous", 0), ("channels_last", MORE_IN_CHANNELS_LAST)):
+            plain = of(name, layout)
+            wide = [row.instructions for dtype, row in plain.items() if dtype == "float32"]
+            narrow = [row.instructions for dtype, row in plain.items() if dtype != "float32"]
+            found.append(target(f"{what}, {layout} float32, M = 4", wide, limits.float32 + more))
+            found.append(target(f"{what}, {layout} 16-bit, M = 4", narrow, limits.narrow + more))
+            for form in (RELU, SUM):
+                if fused := of(name, layout, form):
+                    beyond = [row.instructions - plain[dtype].instructions for dtype, row in fused.items()]
+                    found.append(target(f"{what}, {form} beyond plain, {layout}, M = 4", beyond, MORE_THAN_PLAIN))
+        of_eight = of(name, "contiguous", components=8)
+        wide = [row.instructions for dtype, row in of_eight.items() if dtype == "float32"]
+        found.append(target(f"{what}, contiguous float32, M = 8", wide, limits.eight))
+        used = [row.registers for row in of(name, "contiguous").values()]
+        found.append(target(f"registers, {name}, contiguous, M = 4", used, limits.registers))
+    return found
+
+
+def table(rows: Sequence[SassRow], components: int) -> Table:
+    """The rows of so many components, beside what the formulas need."""
+    header = ["layout, dtype", "path", "pass", "form", "instructions", "formulas", "MUFU", "formulas", "memory"]
+    header += ["shared", "bytes", "issue ps", "MUFU ps", "DRAM ps", "elements", "prologue", "registers", "stack"]
+    sections: dict[str, list[list[str]]] = defaultdict(list)
+    for row in rows:
+        if row.components != components:
+            continue
+        label = f"{row.layout} {row.dtype}"
+        needed = "", ""
+        if row.form == PLAIN and row.name in FORMULAS:
+            each, beside = FORMULAS[row.name]
+            needed = str(each * components + beside), str(components)
+        bounds = row.instructions * ISSUE_PS, row.mufu * MUFU_PS, row.bytes * BYTE_PS
+        sections[label].append(
+            [
+                *(label, row.path, row.name, row.form),
+                *(f"{row.instructions:.1f}", needed[0], f"{row.mufu:.2f}", needed[1]),
+                *(f"{row.memory:.2f}", f"{row.shared:.2f}", str(row.bytes), *(f"{bound:.2f}" for bound in bounds)),
+                *map(str, (row.elements, row.prologue, row.registers, row.stack)),
+            ]
+        )
+    return Table(f"An element of {components} components", header, list(sections.values()))
+
+
+_FORMULAS_TEXT = "; ".join(
+    f"{name} {each} M" + (f" - {-beside}" if beside else "") for name, (each, beside) in FORMULAS.items()
+)
 _HOW = f"""## How this was counted
 
-- A row is one loop over elements, the plain one that most layers take: bounded log-odds, whole chunks, no ReLU, no
-  residual, no groups. A turn executes all its instructions, divided here by the elements that a thread takes in it; the
-  loop's own instructions are among them. What a block does before and after the loop is not.
-- *planned*: instructions of trial kernels that held the formulas alone, and the special-function operations they need.
+- A row is one loop over elements, for whole chunks without groups. A turn executes all its instructions, divided here
+  by the elements that a thread takes in it; the loop's own instructions are among them. The last chunks go through a
+  second loop, with guards, which is not counted.
+- *prologue*: what stands before a kernel's first loop over elements. Loops in it are executed several times, and of a
+  condition's arms only one.
+- *plain*, *ReLU*, *sum and ReLU*: bounded log-odds, and beside the pass nothing, a ReLU, or the sum with a residual and
+  a ReLU with a mask. Of two forms with the same accesses the plain one is shorter. *unbounded*: other log-odds, plain.
+- *formulas*: instructions that csrc/mixture.h alone needs where the log-odds are bounded, counted there, a product and
+  its addition to something as one: {_FORMULAS_TEXT}.
+  M of these are special-function operations (MUFU), M - 1 exponentials and a reciprocal. Loads, stores and conversions
+  come on top.
 - *joint*: the passes of one mixture over the channels of a point, which needs no exponentials an element. *weights* and
   *gradient of the weights* are sums over the channels of each point, of which a loop over the same points then finds x
   in the cache: *moments* (contiguous elements change their places among the lanes first: *exchange*) and *input
   gradient*. *statistics* is the pass in place of *moments* where a point has too many channels. Weights are not among
   the bytes: M numbers a point, whatever the number of channels.
-- *memory*, *shared*: instructions that access global and shared memory. *bytes*: moved to and from global memory.
+- *memory*, *shared*: instructions that access global and shared memory. *bytes*: moved to and from global memory, but
+  for the mask's bit.
 - ps: at an H200's 1.98 GHz and 4.3 TB/s, where an instruction takes {ISSUE_PS:.3f} ps, a special-function operation
   {MUFU_PS:.2f} ps and a byte {BYTE_PS:.3f} ps. The largest of the three bounds a pass from below.
 - *on chip*: both passes in one kernel, whose registers both rows name; the second reads what the first one kept in
-  shared memory, in joint mode in the cache."""
+  shared memory, in joint mode in the cache. Guards are among its instructions, and in the first pass the copies to
+  shared memory, which the last turns skip.
+- The limits are for streaming kernels. Registers are those of a kernel with all its forms."""

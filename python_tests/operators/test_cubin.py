@@ -23,6 +23,15 @@ INSTANCES = {
     for dtype, components, channels_last in product(TYPES, numbers, [False, True])
     if posterior == "Channel" or dtype != "d" or components == 16
 }
+#: Kernels of an instance, by whether it has joint mode, forms for whole chunks, and responsibilities with a gradient.
+KERNELS = {
+    (False, True, True): 13,
+    (False, True, False): 10,
+    (False, False, True): 8,
+    (False, False, False): 6,
+    (True, True, True): 12,
+    (True, False, True): 10,
+}
 REGISTERS_OF_MULTIPROCESSOR = 65536
 
 
@@ -73,6 +82,7 @@ def resources() -> dict[Kernel, Resources]:
     return found
 
 
+@functools.cache
 def largest_blocks() -> dict[Kernel, int]:
     """Threads that a block may have at most, as the kernels were promised (__launch_bounds__)."""
     found, current, wanted = {}, None, False
@@ -88,15 +98,24 @@ def largest_blocks() -> dict[Kernel, int]:
     return found
 
 
+def kind(instance: tuple[str, int, bool, str]) -> tuple[bool, bool, bool]:
+    """The key of an instance in KERNELS."""
+    dtype, components, _, posterior = instance
+    fast = dtype != "d" and components <= 8 and posterior != "Group"
+    return posterior == "Joint", fast, components > 1 and posterior != "Group"
+
+
 def test_every_kernel_is_there_for_every_architecture():
     kernels = defaultdict(set)
     for found in resources():
         kernels[found.architecture, found.instance].add(found.name)
     assert set(kernels) == set(product(ARCHITECTURES, INSTANCES))
     assert ARCHITECTURES or "; CPU only: " in cbn_ext.build_info()["resolved"]
-    for joint in (False, True):  # which has kernels of its own, and does not keep values on chip
-        names = [frozenset(of) for (_, instance), of in kernels.items() if (instance[3] == "Joint") == joint]
-        assert len(set(names)) <= 1
+    names = defaultdict(set)
+    for (_, instance), of_instance in kernels.items():
+        assert len(of_instance) == KERNELS[kind(instance)], instance
+        names[kind(instance)] |= of_instance
+    assert all(len(of_kind) == KERNELS[key] for key, of_kind in names.items())
 
 
 def test_nothing_spills_up_to_8_components():
@@ -111,6 +130,21 @@ def test_registers_fit_the_largest_block():
         assert most * resources()[found].registers <= REGISTERS_OF_MULTIPROCESSOR, found
 
 
+def test_blocks_of_the_streaming_kernels_share_a_multiprocessor():
+    """Of those for whole chunks, contiguous, up to 4 components: 4 of 256 threads, 3 with the whole gradient."""
+    checked = Counter()
+    for found, used in resources().items():
+        _, components, channels_last, posterior = found.instance
+        number = re.search(r"LNS_4PassE(\d)ELNS_5FormsE0E", found.name)
+        if number and posterior == "Channel" and not channels_last and components <= 4:
+            blocks = 3 if number[1] == "3" else 4
+            assert largest_blocks()[found] == 256
+            assert blocks * 256 * used.registers <= REGISTERS_OF_MULTIPROCESSOR, found
+            checked[found.architecture] += 1
+    # Three types; five passes, without a mixture four.
+    assert checked == dict.fromkeys(ARCHITECTURES, 3 * (4 + 5 + 5))
+
+
 def test_a_cluster_waits_for_memory_once():
     """Before its sums are read. The barrier at the end must not wait until all of the output has been written."""
     pattern = r" Function (\S*15resident_kernel\S*ConfigIfLi4E\S*ChannelPosterior\S*):"
@@ -122,5 +156,5 @@ def test_a_cluster_waits_for_memory_once():
         found = Counter()
         for _, line in lines("-sass", "-arch", architecture, "-fun", ",".join(names)):
             found.update(re.findall(r"MEMBAR\.ALL\.GPU|UCGABAR_ARV", line))
-        assert len(names) == 4
+        assert len(names) == 6
         assert found == {"MEMBAR.ALL.GPU": len(names), "UCGABAR_ARV": 2 * len(names)}

@@ -37,7 +37,7 @@ constexpr double kBoundedOdds = 60.0;
 // Precisions that differ by less, relative to the smaller one, count as differing by so much.
 constexpr double kLeastExcess = 0x1p-40;
 // Standard deviations of the widest component that its odds' centres may be away from it in ExpandedGradient.
-constexpr double kNear = 1024.0;
+constexpr double kNear = 32.0;
 // Height of the components that pad M to a compiled size: their responsibility is 0.
 constexpr double kNoComponent = -1e30;
 constexpr double kLog2E = 1.4426950408889634;

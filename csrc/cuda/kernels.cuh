@@ -137,6 +137,7 @@ struct Kept {
   template <class F, class Visit>
   __device__ __forceinline__ void for_each(Visit visit) {
     WalkOf<C, F> walk(block);
+    const int chunks = block.chunks();
     Chunk* slot = own;
     Chunk* const others = own + block.a.slots * blockDim.x;
 #pragma unroll 1
@@ -147,7 +148,7 @@ struct Kept {
       }
       Chunk other{};
       if (reads_second<F>(pass) && (F::kFused != Fused::kAny || second)) other = load_at_once(others + (slot - own));
-      visit(walk, load_at_once(slot), other, i < block.chunks() ? walk.template count<F::kWhole>() : 0);
+      visit(walk, load_at_once(slot), other, i < chunks ? walk.template count<F::kWhole>() : 0);
     }
   }
 
@@ -206,7 +207,7 @@ __device__ __forceinline__ void reduce(const Block<C>& block, const Shared<C>& s
   if (pass == Pass::kGradientSums && F::kFused != Fused::kNothing)
     load_coefficients(block, shared, kRowsOfPosterior, branches);
   chunks.template for_each<F>([&](const auto& walk, const Chunk& x, const Chunk& grad, int count) {
-    if (C::Posterior::kGiven && count == 0) return;
+    if (count == 0) return;
     e_step.weights.template move_to<F::kWhole>(walk, count);
     const unsigned bits = pass == Pass::kGradientSums ? load_mask<F>(walk, count) : 0;
     CBN_UNROLL
@@ -273,7 +274,7 @@ __device__ __forceinline__ void map_gradient(const Block<C>& block, const Shared
   const Arguments& a = block.a;
   EStep<C, F::kBounded> e_step(block, shared);
   chunks.template for_each<F>([&](const auto& walk, const Chunk& x, const Chunk& grad, int count) {
-    if (C::Posterior::kGiven && count == 0) return;
+    if (count == 0) return;
     e_step.weights.template move_to<F::kWhole>(walk, count);
     const unsigned bits = load_mask<F>(walk, count);
     Chunk out, passed;

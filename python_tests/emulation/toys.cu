@@ -170,9 +170,7 @@ __global__ void misaligned_pack(double* out) {
   store_at_once<false>(reinterpret_cast<Pair*>(out + 1), Pair{});
 }
 
-__global__ void misaligned_load(double* out) {
-  *out = load_at_once(reinterpret_cast<const Pair*>(out + 1)).values[0];
-}
+__global__ void misaligned_load(double* out) { *out = load_at_once(reinterpret_cast<const Pair*>(out + 1)).values[0]; }
 
 __global__ void misaligned_copy(double* out) { copy_async(shared_doubles() + 1, out, 16); }
 

@@ -36,8 +36,9 @@ constexpr double kMassFloor = 1e-30;
 constexpr double kBoundedOdds = 60.0;
 // Precisions that differ by less, relative to the smaller one, count as differing by so much.
 constexpr double kLeastExcess = 0x1p-40;
-// Standard deviations of the widest component that its odds' centres may be away from it in ExpandedGradient.
-constexpr double kNear = 32.0;
+// Where ExpandedGradient keeps its digits: the square of the odds' centre's distance from the widest component, in the
+// latter's standard deviations, is at most this times the root of the number of points.
+constexpr double kNear = 40.0;
 // Height of the components that pad M to a compiled size: their responsibility is 0.
 constexpr double kNoComponent = -1e30;
 constexpr double kLog2E = 1.4426950408889634;
@@ -149,12 +150,14 @@ CBN_INLINE auto is_bounded(const BasicParabola<D>& odds) {
   return *odds.height <= kBoundedOdds;
 }
 
-// Whether the odds' centre is near the widest component, in the latter's standard deviations: what is then relative to
-// the centre keeps its digits (ExpandedGradient).
+// Whether the odds' centre is near the widest component. ExpandedGradient has polynomials in the distance from the
+// centre, whose quadratic terms come from the gradients of the mean and the variance: the more points, the less a point
+// has of these.
 template <class D>
-CBN_INLINE auto is_near(const BasicParabola<D>& odds, const BasicLogDensity<D>& widest, D origin) {
+CBN_INLINE auto is_near(const BasicParabola<D>& odds, const BasicLogDensity<D>& widest, D origin, int64_t points) {
   const D distance = *odds.offset + *odds.slope * (widest.mean - origin);  // times the slope
-  return distance * distance * widest.precision <= kNear * kNear * (kLog2E / 2) * (*odds.slope * *odds.slope);
+  const double most = kNear * std::sqrt(static_cast<double>(points)) * (kLog2E / 2);
+  return distance * distance * widest.precision <= most * (*odds.slope * *odds.slope);
 }
 
 // p_m = pi_m N_m / sum_k pi_k N_k (eq 8), as e_m times the factor returned.

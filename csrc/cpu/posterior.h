@@ -122,7 +122,8 @@ class ChannelPosterior {
       BasicParabola<D>& of = parabolas[part][k];
       of = k < components ? odds_parabola(densities[k], densities[0], at) : padding();
       all_bounded &= is_bounded(of);
-      if (block.pass == Pass::kInputGradient && k < components) all_bounded &= is_near(of, densities[0], at);
+      if (block.pass == Pass::kInputGradient && k < components)
+        all_bounded &= is_near(of, densities[0], at, block.work.points());
       block.put(odds, k, part, of);
     }
     bool result = true;

@@ -41,7 +41,8 @@ struct ChannelPosterior {
           odds = parabola(density, origin);
         } else if (item.exists && k > 0) {
           odds = odds_parabola(density, first, origin);
-          if (!is_bounded(odds) || (reads_gradient(pass) && !is_near(odds, first, origin))) *shared.flag = 1;
+          if (!is_bounded(odds) || (reads_gradient(pass) && !is_near(odds, first, origin, block.a.points())))
+            *shared.flag = 1;
         }
         shared.store_odds(k, item.j, odds);
       });

@@ -226,8 +226,8 @@ MUTATIONS = [
     Mutation(
         "odds that are taken for bounded",
         "posterior.cuh",
-        "is_near(odds, first, origin))) *shared.flag = 1;",
-        "is_near(odds, first, origin))) *shared.flag = 0;",
+        "            *shared.flag = 1;",
+        "            *shared.flag = 0;",
         "streaming",
         WRONG,
         (Case(WHOLE, data="apart"),),

@@ -298,9 +298,12 @@ def test_gradients_of_hard_mixtures(backend, memory_format, mixture, detach):
     assert_gradients(x.contiguous(memory_format=memory_format), grad, running, detach, median, largest)
 
 
-@pytest.mark.parametrize("reach", [1020, 1028, 4000, 1e5])
+@pytest.mark.parametrize("reach", [30, 30.2, 1000, 1e5])
 def test_gradients_of_odds_centred_far_from_the_data(backend, reach):
-    """Two variances as good as equal: the parabola of the odds is wide, its centre so many deviations away."""
+    """Two variances as good as equal: the parabola of the odds is wide, its centre so many deviations away.
+
+    Of 512 points the expanded form is left at 30.08 of them.
+    """
     var = torch.tensor([[1.0], [1 - 2e-6]]).expand(2, 16)
     excess = 1 / (var[1] + EPS) - 1 / (var[0] + EPS)
     distance = reach * (1 + EPS) ** 0.5 * excess * (var[1] + EPS)

@@ -402,7 +402,7 @@ template <class C, Pass pass, Forms forms>
 constexpr int streaming_blocks() {
   constexpr int kCoefficients = C::kChannels * C::M * C::kWords;
   constexpr bool kGradient = pass == Pass::kInputGradient;
-  if (C::Posterior::kGiven || kCoefficients > 16) return 1;
+  if (C::Posterior::kGiven || C::kWords > 1 || kCoefficients > 16) return 1;
   if (forms == Forms::kAny) return kCoefficients > 8 ? 1 : 2;
   if (kCoefficients > 8) return pass == Pass::kNormalise ? 2 : 1;
   if (kCoefficients > 4) return reads_gradient(pass) || C::M > 4 ? 2 : 3;

@@ -40,7 +40,11 @@ struct Config {
   static constexpr int least(int a, int b) { return a < b ? a : b; }
   static constexpr int most(int a, int b) { return a < b ? b : a; }
   // Elements of a chunk: 16 bytes, in channels_last fewer, because each has coefficients of its own, in registers.
-  static constexpr int kMost = !kLast ? (M < 16 ? 8 : 2) : M * kWords <= 2 ? 4 : M * kWords <= 8 ? 2 : 1;
+  static constexpr int kMost = kLast              ? (M * kWords <= 2   ? 4
+                                                     : M * kWords <= 8 ? 2
+                                                                       : 1)
+                               : M * kWords >= 16 ? 2 / kWords
+                                                  : 8;
   static constexpr int V = least(kMost, 16 / sizeof(E));
   static constexpr int kTogether = most(1, (kWords > 1 ? 4 : 8) / V);  // chunks of a thread that are loaded together
   static constexpr int kChannels = kLast ? V : 1;                      // of a thread

@@ -39,7 +39,7 @@ def vector(channels_last: bool, element_size: int, components: int) -> int:
     if channels_last:
         most = 4 if components * words <= 2 else 2 if components * words <= 8 else 1
     else:
-        most = 8 if components < 16 else 2
+        most = 8 if components * words < 16 else 2 // words
     return min(most, 16 // element_size)
 
 

@@ -49,6 +49,7 @@ CASES = tuple(
         (SHAPE, True, "equal", False),
         (SHAPE, False, "mixed", False),
         (WHOLE, True, "mixed", True),
+        (WHOLE, True, "mixed", False),
         (WHOLE, True, "equal", False),
     )
 )
@@ -216,10 +217,10 @@ MUTATIONS = [
         WRONG,
     ),
     Mutation(
-        "the next channel's widest component",
+        "another component for the widest one",
         "coefficients.cuh",
-        ">> (threadIdx.x % kWarp / C::M * C::M);",
-        ">> ((threadIdx.x % kWarp / C::M * C::M + C::M) % kWarp);",
+        "__shfl_sync(0xffffffffu, value, m, C::M);",
+        "__shfl_sync(0xffffffffu, value, (m + 1) % C::M, C::M);",
         "streaming",
         WRONG,
     ),
@@ -230,7 +231,7 @@ MUTATIONS = [
         "            *shared.flag = 0;",
         "streaming",
         WRONG,
-        (Case(WHOLE, data="apart"),),
+        (Case(WHOLE, data="equal"),),
     ),
     Mutation(
         "the first chunk's place for those loaded with it",
